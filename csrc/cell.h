@@ -1,0 +1,83 @@
+// The geometry of bilinear upsampling: which patch-grid cell an output pixel lies in, and how its
+// value is blended from the cell's corners. Half-pixel centres, align_corners=False.
+//
+//   a --- b    value(y, x) = wx0 * (wy0 * a + wy1 * c)
+//   |     |                + wx1 * (wy0 * b + wy1 * d)
+//   c --- d
+//
+// Everything is `static inline`: kernels are compiled once per instruction set, and a function with
+// external linkage would be merged by the linker into whichever copy it meets first.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SEGMENTER_HD __host__ __device__ static inline
+#else
+#define SEGMENTER_HD static inline
+#endif
+
+namespace segmenter {
+
+// One output coordinate's pair of source coordinates and the weight of each.
+template <typename T>
+struct Source {
+  int64_t i0, i1;
+  T w0, w1;
+};
+
+// The source of output coordinate `dst` when `in` samples are resized to `out`, in T's precision as
+// PyTorch's CPU and CUDA kernels compute it:
+//   src = max(scale * (dst + 0.5) - 0.5, 0),  scale = in / out.
+// The fused multiply-add is written out because PyTorch's compilers contract this expression; with
+// two roundings the weights would be off by an ulp and, where src is a whole number, so would i0.
+template <typename T>
+SEGMENTER_HD Source<T> source_index(int64_t dst, int64_t in, int64_t out) {
+  if (in == out) return {dst, dst, T(1), T(0)};
+  const T scale = T(in) / T(out);
+  T src = std::fma(scale, T(dst) + T(0.5), T(-0.5));
+  if (src < T(0)) src = T(0);
+  // PyTorch takes the floor in single precision for every type.
+  int64_t i0 = static_cast<int64_t>(std::floor(static_cast<float>(src)));
+  if (i0 > in - 1) i0 = in - 1;
+  T w1 = src - T(i0);
+  if (w1 < T(0)) w1 = T(0);
+  if (w1 > T(1)) w1 = T(1);
+  return {i0, i0 < in - 1 ? i0 + 1 : i0, T(1) - w1, w1};
+}
+
+// V is a scalar or a vector of lanes, here and below.
+template <typename V, typename W>
+SEGMENTER_HD V blend(V first, V second, W w0, W w1) {
+  return first * w0 + second * w1;
+}
+
+template <typename V>
+SEGMENTER_HD V lesser(V a, V b) {
+  return a < b ? a : b;
+}
+
+template <typename V>
+SEGMENTER_HD V greater(V a, V b) {
+  return a > b ? a : b;
+}
+
+// Lowers the pruning bound by a few roundings, so that no class that could tie is dropped.
+//
+// Why pruning is exact. Weights are >= 0 and rounding is monotone, so a computed value never
+// decreases when a corner grows. Let class j have all its corners >= m and class k all its corners
+// <= M < m, and let v(t) be the value computed from four corners equal to t. Then
+//   value_k <= v(M) <= v(m) <= value_j   at every pixel of the cell:
+// k never beats j, and it can only tie where v(M) == v(m). v differs from the identity by at most
+// 2.5 epsilon (per axis a product, a sum, and weights that add up to one within half an ulp), so
+// such an M is within 5 epsilon of m. Keeping every class with M >= bound - 8 epsilon |bound|
+// therefore leaves exactly the argmax, ties included, that a scan of all classes with the same
+// arithmetic finds. `tiny`, the smallest normal number, covers products that underflow.
+template <typename T>
+SEGMENTER_HD T keep_ties(T bound, T epsilon, T tiny) {
+  const T magnitude = bound < T(0) ? -bound : bound;
+  return bound - (T(8) * epsilon * magnitude + T(8) * tiny);
+}
+
+}  // namespace segmenter
