@@ -1,0 +1,65 @@
+"""Which implementation runs: one small table, asked at every call.
+
+`reference` is plain PyTorch on any device and the definition of the right answer. `native` is the CPU
+path: the compiled kernels of `segmenter_fast._C` beside PyTorch's own matrix products and fused
+attention. `triton` is the GPU path; its kernels have not landed, and it says so. `auto` looks at the
+device of the tensor in hand.
+"""
+
+import torch
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+def check_backend(backend: str) -> str:
+    """Return `backend` if it is a known name, else raise ValueError listing the names."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    return backend
+
+
+def native_module():
+    """Import the compiled module, or raise BackendError with the command that builds it."""
+    try:
+        from segmenter_fast import _C
+    except ImportError as error:
+        raise BackendError(
+            "backend 'native' needs the compiled module segmenter_fast._C, which cannot be imported "
+            f"({error}). Build it with: pip install -e ."
+        ) from error
+    return _C
+
+
+def resolve_backend(backend: str, device: torch.device | str) -> str:
+    """Map a backend name and a device to the implementation that will run.
+
+    Args:
+        backend: "auto", "reference", "native" or "triton".
+        device: where the input tensor lives.
+
+    Returns:
+        "reference" or "native". `auto` is native on a CPU and reference elsewhere.
+
+    Raises:
+        ValueError: unknown name.
+        BackendError: the named backend cannot take a tensor on this device.
+    """
+    check_backend(backend)
+    kind = torch.device(device).type
+    if backend == "auto":
+        return "native" if kind == "cpu" else "reference"
+    if backend == "native" and kind != "cpu":
+        raise BackendError(
+            f"backend 'native' runs on the CPU; the input is on {kind!r}. "
+            "Move it with .cpu(), or use backend='auto'."
+        )
+    if backend == "triton":
+        raise BackendError(
+            "backend 'triton' has no kernels yet in this version. "
+            "Use backend='auto', which takes plain PyTorch on a GPU and the compiled kernels on a CPU."
+        )
+    return backend

@@ -1,0 +1,255 @@
+"""SegmenterModel: encoder, decoder and a PatchLogits; the drop-in for the official `Segmenter`."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import ModelHubMixin
+from torch import Tensor, nn
+
+from segmenter_fast.backend import check_backend, resolve_backend
+from segmenter_fast.config import SegmenterConfig
+from segmenter_fast.patch_logits import PatchLogits
+
+
+def pad_to_patch(images: Tensor, patch_size: int) -> Tensor:
+    """Zeros at the right and bottom up to multiples of `patch_size`.
+
+    The images are normalised already, so the padding has the value of the mean colour.
+
+    Source: official segm/model/utils.py, padding.
+    """
+    bottom, right = -images.shape[2] % patch_size, -images.shape[3] % patch_size
+    return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
+
+
+class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
+    """Semantic segmentation with transformers alone.
+
+    Args:
+        encoder: maps (B, 3, H, W) to (B, extra + N, D) when called with `return_features=True`; has
+            `patch_size` and `distilled`, as `VisionTransformer`.
+        decoder: maps (B, N, D) and (H, W) to (B, K, H / patch, W / patch), as `MaskTransformer`.
+        n_cls: number of classes K.
+        config: what `save_pretrained` writes; None reads it off the two modules.
+        backend: "auto", "reference", "native" or "triton"; resolved at each call.
+
+    Source: Strudel et al. 2021; official segm/model/segmenter.py, Segmenter.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        n_cls: int,
+        config: SegmenterConfig | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.n_cls = n_cls
+        self.patch_size = encoder.patch_size
+        self.encoder = encoder
+        self.decoder = decoder
+        self.config = config if config is not None else describe(encoder, decoder, n_cls)
+        self.backend = backend
+
+    @property
+    def backend(self) -> str:
+        """The backend's name; setting it reaches every layer."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = check_backend(name)
+        for module in self.modules():
+            if module is not self and hasattr(module, "backend"):
+                module.backend = name
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone."""
+        encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return encoder | {f"decoder.{name}" for name in self.decoder.no_weight_decay()}
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images must be a torch.Tensor, got {type(images).__name__}; "
+                "pictures and arrays go through segmenter_fast.predict"
+            )
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be floating point and normalised, got {images.dtype}; "
+                "segmenter_fast.predict takes uint8 pictures"
+            )
+        if 0 in images.shape[2:]:
+            raise ValueError(f"images have no pixels: {tuple(images.shape)}")
+        device = self.encoder.pos_embed.device if hasattr(self.encoder, "pos_embed") else None
+        if device is not None and device != images.device:
+            raise ValueError(
+                f"images are on {images.device} and the model on {device}: move one with .to()"
+            )
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Patch tokens without the class and distillation tokens, (B, N, D)."""
+        x = self.encoder(images, return_features=True)
+        return x[:, 1 + self.encoder.distilled :]
+
+    def patch_logits(self, images: Tensor) -> PatchLogits:
+        """Class scores at patch resolution, with what it takes to read them at every pixel.
+
+        Args:
+            images: (B, 3, H, W) floating point, normalised; any H and W.
+
+        Returns:
+            PatchLogits of (B, K, h, w) for an answer of (H, W).
+
+        Raises:
+            ValueError, TypeError: not such a tensor.  BackendError: the backend cannot run there.
+        """
+        self._check_images(images)
+        resolve_backend(self.backend, images.device)
+        height, width = images.shape[2:]
+        padded = pad_to_patch(images, self.patch_size)
+        size = tuple(padded.shape[2:])
+        logits = self.decoder(self._features(padded), size)
+        return PatchLogits(logits, size, crop=(0, 0, height, width), backend=self.backend)
+
+    def forward(self, images: Tensor, target: Tensor | None = None, **loss_options) -> Tensor:
+        """Logits of every pixel, or the loss when a target is given.
+
+        The loss goes through `forward` so that DistributedDataParallel, FSDP and torch.compile see
+        training, and it never holds full-resolution logits longer than its own computation.
+
+        Args:
+            images: (B, 3, H, W) floating point, normalised.
+            target: (B, H, W) integer labels; see `loss` for it and for `loss_options`.
+
+        Returns:
+            (B, K, H, W) logits, or the loss.
+        """
+        if target is None:
+            if loss_options:
+                raise TypeError(f"loss options {sorted(loss_options)} need a target")
+            return self.patch_logits(images).logits()
+        return self.loss(images, target, **loss_options)
+
+    def labels(self, images: Tensor) -> Tensor:
+        """(B, H, W) label maps, uint8 up to 256 classes; see `PatchLogits.labels`."""
+        return self.patch_logits(images).labels()
+
+    def loss(
+        self,
+        images: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Cross-entropy of the upsampled logits, as `F.cross_entropy`.
+
+        Args:
+            images: (B, 3, H, W) floating point, normalised.
+            target: (B, H, W) uint8, int16, int32 or int64 labels in [0, K) or `ignore_index`.
+            weight: (K,) class weights.
+            label_smoothing: in [0, 1].
+            ignore_index: label without a class.
+            reduction: "mean", "sum" or "none".
+
+        Returns:
+            Scalar, or (B, H, W) for "none". NaN for "mean" when every pixel is ignored.
+        """
+        return self.patch_logits(images).cross_entropy(
+            target,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+
+    def get_attention_map_enc(self, im: Tensor, layer_id: int) -> Tensor:
+        """(B, heads, extra + N, extra + N) attention of an encoder block; `im` fills whole patches."""
+        return self.encoder.get_attention_map(im, layer_id)
+
+    def get_attention_map_dec(self, im: Tensor, layer_id: int) -> Tensor:
+        """(B, heads, N + K, N + K) attention of a mask transformer block."""
+        if not hasattr(self.decoder, "get_attention_map"):
+            raise ValueError(f"{type(self.decoder).__name__} has no attention: it is one linear layer")
+        return self.decoder.get_attention_map(self._features(im), layer_id)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        num_classes: int | None = None,
+        backend: str = "auto",
+        **options,
+    ) -> "SegmenterModel":
+        """Load weights from a folder, a file, a bundled name, the official zoo or the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder of ours (config.json, model.safetensors) or of the
+                official code (checkpoint.pth, variant.yml); "scenes" or "street"; "Seg-B-Mask/16" and
+                the rest of the official zoo; "organisation/name" on the hub.
+            num_classes: for fine-tuning; another number than the weights' draws the class-dependent
+                parameters anew and names them in a warning.
+            backend: see the class.
+            **options: `device`, and the hub's `revision`, `token`, `cache_dir`, `force_download`,
+                `local_files_only`.
+
+        Returns:
+            The model, in evaluation mode.
+        """
+        from segmenter_fast.checkpoint import load_model
+
+        return load_model(
+            pretrained_model_name_or_path, num_classes=num_classes, backend=backend, **options
+        )
+
+    def save_pretrained(self, save_directory: str | Path, *args, **options) -> str | None:
+        """Write config.json and model.safetensors; `dtype=torch.float16` halves the file.
+
+        `push_to_hub=True` and `repo_id` are the Hugging Face mixin's.
+        """
+        self._save_options = {
+            key: options.pop(key) for key in ("dtype", "model_card") if key in options
+        }
+        try:
+            return super().save_pretrained(save_directory, *args, **options)
+        finally:
+            del self._save_options
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from segmenter_fast.checkpoint import save_pretrained
+
+        save_pretrained(self, save_directory, **getattr(self, "_save_options", {}))
+
+
+def describe(encoder: nn.Module, decoder: nn.Module, n_cls: int) -> SegmenterConfig | None:
+    """Read a config off two modules, or None when they are not this library's."""
+    try:
+        mask = hasattr(decoder, "cls_emb")
+        return SegmenterConfig(
+            n_cls=n_cls,
+            image_size=encoder.patch_embed.image_size,
+            patch_size=encoder.patch_size,
+            d_model=encoder.d_model,
+            n_layers=encoder.n_layers,
+            n_heads=encoder.n_heads,
+            distilled=bool(encoder.distilled),
+            dropout=encoder.dropout.p,
+            drop_path_rate=_last_drop_path(encoder.blocks),
+            decoder="mask_transformer" if mask else "linear",
+            decoder_n_layers=decoder.n_layers if mask else 0,
+            decoder_dropout=decoder.blocks[0].attn.attn_drop.p if mask else 0.0,
+            decoder_drop_path_rate=_last_drop_path(decoder.blocks) if mask else 0.0,
+        )
+    except AttributeError:
+        return None
+
+
+def _last_drop_path(blocks: nn.ModuleList) -> float:
+    return getattr(blocks[-1].drop_path, "drop_prob", 0.0)

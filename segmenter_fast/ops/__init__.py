@@ -1,0 +1,1 @@
+"""One operation per file: contract, reference, kernels, public function."""
