@@ -1,0 +1,78 @@
+"""The `contest` fixture, its options, and the table at the end of a benchmark run."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+# harness.py beside this file, and the oracles that decide whether a contestant is right.
+sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+
+import harness  # noqa: E402
+
+RESULTS = pytest.StashKey[dict[str, dict[str, list[harness.Row]]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("segmenter_fast benchmarks")
+    group.addoption(
+        "--save-results",
+        action="store_true",
+        help="write benchmarks/results/<machine kind>/<benchmark>.json",
+    )
+    group.addoption(
+        "--with-compile",
+        action="store_true",
+        help="let torch.compile take part (it takes a minute to compile)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RESULTS] = {}
+
+
+@pytest.fixture
+def with_compile(request: pytest.FixtureRequest) -> bool:
+    """Whether torch.compile contestants were asked for."""
+    return request.config.getoption("--with-compile")
+
+
+@pytest.fixture
+def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., list[harness.Row]]:
+    """`contest(case, contestants, check=None, rounds=11, peers=1)`: `harness.compare`, recorded.
+
+    The rows go into the table at the end and, with --save-results, into a file. pytest-benchmark
+    times the last contestant, ours, so that its own reports and comparisons work as well.
+    """
+
+    def run(
+        case: str,
+        contestants: dict[str, Callable[[], Any]],
+        check: Callable[[str, Any], None] | None = None,
+        rounds: int = 11,
+        peers: int = 1,
+    ) -> list[harness.Row]:
+        rows = harness.compare(contestants, check, rounds, peers)
+        name = request.path.stem.removeprefix("bench_")
+        request.config.stash[RESULTS].setdefault(name, {})[case] = rows
+        benchmark.extra_info.update({row.contestant: round(row.ratio, 2) for row in rows})
+        benchmark.pedantic(list(contestants.values())[-1], rounds=5, warmup_rounds=1)
+        return rows
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    results = config.stash[RESULTS]
+    if not results:
+        return
+    terminalreporter.section("contestants (ratio: how many times faster than the quickest peer)")
+    for name, cases in results.items():
+        for case, rows in cases.items():
+            for line in harness.table(f"{name}: {case}", rows):
+                terminalreporter.write_line(line)
+        if config.getoption("--save-results"):
+            terminalreporter.write_line(f"written: {harness.save(name, cases)}")

@@ -1,0 +1,45 @@
+"""Mean intersection over union of a model on a dataset."""
+
+import torch
+from tqdm import tqdm
+
+from segmenter_fast.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
+from segmenter_fast.predict import predict
+
+
+@torch.inference_mode()
+def evaluate(
+    model, dataset, progress: bool = True, ignore_index: int | None = None, **protocol
+) -> dict:
+    """Predict every image of a dataset and compare with its labels at their own size.
+
+    Args:
+        model: a `SegmenterModel`.
+        dataset: maps an index to (uint8 image (3, H, W), integer labels (H, W)).
+        progress: show a progress bar.
+        ignore_index: label without a class; None takes the dataset's own, or 255.
+        **protocol: of `predict`: window_size, window_stride, scales, flip, short_side.
+
+    Returns:
+        dict with "miou", "pixel_accuracy", "iou" (a list by class, None where a class never occurs),
+        "images", and the "confusion" matrix (rows are the truth) as a tensor.
+
+    Source: Strudel et al. 2021, section 4.1 (mean IoU over the whole split).
+    """
+    if ignore_index is None:
+        ignore_index = getattr(dataset, "ignore_index", 255)
+    total = torch.zeros(model.n_cls, model.n_cls, dtype=torch.int64)
+    device = next(model.parameters()).device
+    for index in tqdm(range(len(dataset)), desc="evaluate", unit="image", disable=not progress):
+        image, target = dataset[index]
+        labels = predict(model, image.to(device), **protocol)
+        total += confusion_matrix(labels.cpu(), target, model.n_cls, ignore_index)
+    by_class = iou(total)
+    return {
+        "miou": mean_iou(total),
+        "pixel_accuracy": pixel_accuracy(total),
+        "iou": [None if value.isnan() else float(value) for value in by_class],
+        "images": len(dataset),
+        "confusion": total,
+    }
+

@@ -1,0 +1,388 @@
+"""Pictures in, label maps out: sliding windows, scales and flips by the official protocol.
+
+A picture is normalised, and its shorter side resized if the config says so. For each scale, and for
+its mirror image if asked, it is resized, enlarged until a window fits, and cut into windows, whose
+patch logits are kept. `ops/windows.py` does the rest: windows averaged, resized to the output,
+mirrored back, softmax, views averaged, argmax.
+"""
+
+import contextlib
+import math
+import numbers
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from segmenter_fast.ops.upsample import label_dtype
+from segmenter_fast.ops.windows import (
+    WindowLogits,
+    WindowView,
+    window_anchors,
+    window_probabilities_reference,
+)
+
+PROBABILITIES = ("none", "top1", "all")
+MAX_ENLARGED_PIXELS = 1 << 28
+"""An image that must grow past this before a window fits is refused: 3 GiB as network input."""
+
+
+# ------------------------------------------------------------------------------------------- images
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Read a picture from a file as upright 8-bit RGB.
+
+    Args:
+        path: any format Pillow reads; the first frame of several.
+
+    Returns:
+        RGB image, turned as its EXIF orientation says; `to_rgb` says how other modes are converted.
+
+    Raises:
+        FileNotFoundError: no such file.  ValueError: not a readable picture.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"image {path} does not exist")
+    try:
+        with Image.open(path) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+    # Damaged files surface as any of these, depending on the format and on where they are cut.
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {path}: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a PIL image of any mode to 8-bit RGB.
+
+    Grey values are repeated, palettes looked up, transparency is dropped, and modes "I;16" and "I"
+    are taken for 16-bit grey (0 to 65535).
+
+    Raises:
+        ValueError: a mode whose values have no agreed range, such as "F".
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
+        return Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode == "La":
+        image = image.convert("LA")
+    try:
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range")
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(
+            f"cannot convert an image of mode {image.mode!r} to RGB: {error}. "
+            "Convert it to mode 'RGB' or 'L' first."
+        ) from error
+
+
+def _network_input(model: nn.Module, image) -> tuple[Tensor, bool]:
+    """(1, 3, H, W) on the model's device in its dtype, and whether `image` was a picture."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise TypeError("model has no parameters, so no device and dtype to put the image on")
+    device, dtype = parameter.device, parameter.dtype
+    if isinstance(image, (str, os.PathLike)):
+        image = load_image(image)
+    if isinstance(image, Image.Image):
+        image = np.asarray(to_rgb(image))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise TypeError(
+                f"an array must be uint8 (H, W, 3), got {image.dtype}; network input is passed as "
+                "a floating-point tensor (3, H, W)"
+            )
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an array must be uint8 (H, W, 3), got shape {image.shape}")
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise TypeError(
+            "image must be a path, a PIL image, a uint8 array (H, W, 3), a uint8 tensor (3, H, W) "
+            f"or a floating-point tensor (3, H, W); got {type(image).__name__}"
+        )
+    if image.ndim == 4 and image.shape[0] == 1:
+        image = image[0]
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"an image tensor must be one image (3, H, W), got {tuple(image.shape)}; "
+            "batches go through model.labels"
+        )
+    if 0 in image.shape:
+        raise ValueError(f"image has no pixels: {tuple(image.shape)}")
+
+    if image.is_floating_point():
+        bad = int(image.numel() - torch.isfinite(image).sum())
+        if bad:
+            raise ValueError(f"image has {bad} values that are NaN or infinite")
+        return image.detach().to(device, dtype)[None], False
+    if image.dtype != torch.uint8:
+        raise TypeError(
+            f"an image tensor must be uint8, or floating point and normalised; got {image.dtype}"
+        )
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(
+            "model.config is None, so how to normalise a picture is not known; pass a normalised "
+            "floating-point tensor (3, H, W), or build the model with a SegmenterConfig"
+        )
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, std = (
+        torch.tensor(v, dtype=exact, device=device)[:, None, None]
+        for v in (config.mean, config.std)
+    )
+    pixels = image.to(device).to(exact).div_(255)
+    return pixels.sub_(mean).div_(std).to(dtype)[None], True
+
+
+def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(image.shape[2:]) == size:
+        return image
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+
+
+def _enlarge(image: Tensor, window: int) -> Tensor:
+    """Bring the shorter side up to `window`, the longer in proportion, truncated to int."""
+    height, width = image.shape[2:]
+    if min(height, width) >= window:
+        return image
+    if height < width:
+        size = (window, int(width / height * window))
+    else:
+        size = (int(height / width * window), window)
+    if size[0] * size[1] > MAX_ENLARGED_PIXELS:
+        raise ValueError(
+            f"an image of {height} x {width} would have to be enlarged to {size[0]} x {size[1]} "
+            f'before a window of {window} fits; use a smaller window_size or window_size="whole"'
+        )
+    return _resize(image, size)
+
+
+# ------------------------------------------------------------------------------------------ options
+def _positive(name: str, value, words: Sequence[str] = ()) -> None:
+    """TypeError or ValueError unless `value` is an int above zero."""
+    choices = "".join(f' or "{word}"' for word in words)
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name} must be a positive int{choices}, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be a positive int{choices}, got {value}")
+
+
+def _windows(config, window_size, window_stride) -> tuple[int | None, int | None]:
+    """(size, stride) in pixels, or (None, None) for the whole image at once."""
+    if window_size is None:
+        window_size = getattr(config, "window_size", None)
+        if window_stride is None:
+            window_stride = getattr(config, "window_stride", None)
+    if window_size is None or window_size == "whole":
+        return None, None
+    _positive("window_size", window_size, ("whole",))
+    if window_stride is None:
+        window_stride = window_size
+    _positive("window_stride", window_stride)
+    if window_stride > window_size:
+        raise ValueError(
+            f"window_stride {window_stride} is larger than window_size {window_size}: pixels "
+            "between windows would have no prediction"
+        )
+    return int(window_size), int(window_stride)
+
+
+def _scales(scales) -> list[float]:
+    if not isinstance(scales, (Sequence, np.ndarray)) or isinstance(scales, str):
+        raise TypeError(f"scales must be a sequence of numbers, got {scales!r}")
+    if len(scales) == 0:
+        raise ValueError("scales is empty: at least one is needed, such as (1.0,)")
+    for scale in scales:
+        if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+            raise TypeError(f"scales must be numbers, got {scale!r}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scales must be positive and finite, got {scale!r}")
+    return [float(scale) for scale in scales]
+
+
+def _output_size(size, default: tuple[int, int]) -> tuple[int, int]:
+    if size is None:
+        return default
+    if not isinstance(size, (tuple, list, torch.Size)) or len(size) != 2:
+        raise ValueError(f"size must be (H, W), got {size!r}")
+    for value in size:
+        _positive("size", value)
+    return int(size[0]), int(size[1])
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch off dropout and stochastic depth, and put every module's mode back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# ------------------------------------------------------------------------------------------ windows
+def _views(
+    model: nn.Module,
+    image: Tensor,
+    window_size: int | None,
+    window_stride: int | None,
+    scales: Sequence[float],
+    flip: bool,
+    batch_size: int,
+) -> list[WindowView]:
+    """Run the model over the windows of every scaled and mirrored copy of (1, 3, H, W)."""
+    height, width = image.shape[2:]
+    copies = []  # (image size, window, flip) of each view
+    for scale in scales:
+        scaled = (int(height * scale + 0.5), int(width * scale + 0.5))
+        if 0 in scaled:
+            raise ValueError(f"scale {scale} leaves no pixels of an image of {height} x {width}")
+        copies += [(scaled, mirrored) for mirrored in ((False, True) if flip else (False,))]
+
+    geometry, crops = [], []
+    grids: list[list[Tensor]] = [[] for _ in copies]
+
+    def run() -> None:
+        logits = model.patch_logits(torch.cat([crop for _, crop in crops])).grid
+        for (view, _), grid in zip(crops, logits, strict=True):
+            grids[view].append(grid)
+        crops.clear()
+
+    for view, (scaled, mirrored) in enumerate(copies):
+        copy = _resize(image, scaled)
+        if mirrored:
+            copy = copy.flip(-1)
+        if window_size is not None:
+            copy = _enlarge(copy, window_size)
+        size = tuple(copy.shape[2:])
+        window = size if window_size is None else (window_size, window_size)
+        stride = max(size) if window_size is None else window_stride
+        geometry.append((size, window, stride))
+        for top in window_anchors(size[0], window[0], stride):
+            for left in window_anchors(size[1], window[1], stride):
+                crop = copy[:, :, top : top + window[0], left : left + window[1]]
+                if crops and (len(crops) == batch_size or crops[0][1].shape != crop.shape):
+                    run()
+                crops.append((view, crop))
+    run()
+    bad = sum(int(grid.numel() - torch.isfinite(grid).sum()) for view in grids for grid in view)
+    if bad:
+        raise ValueError(
+            f"the model's output has {bad} logits that are NaN or infinite: its weights are "
+            f"damaged or its arithmetic ({image.dtype}) overflows"
+        )
+    return [
+        WindowView(torch.stack(grid), size, window, stride, model.patch_size, mirrored)
+        for grid, (size, window, stride), (_, mirrored) in zip(grids, geometry, copies, strict=True)
+    ]
+
+
+def predict(
+    model: nn.Module,
+    image: "str | os.PathLike | Image.Image | np.ndarray | Tensor",
+    window_size: int | str | None = None,
+    window_stride: int | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    size: tuple[int, int] | None = None,
+    return_probabilities: str = "none",
+    batch_size: int = 4,
+    short_side: int | str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Label every pixel of one picture: argmax of the softmax averaged over scales and flips.
+
+    Defaults come from `model.config`. Without windows in the config, or with "whole", the network
+    sees the whole image at once, padded to whole patches. The model runs in evaluation mode,
+    whatever mode it is in, and without gradients. Full-resolution logits exist for one tile at a
+    time, except with backend "reference", which takes the official steps literally and
+    materialises them.
+
+    Args:
+        model: a `SegmenterModel`.
+        image: a path (its EXIF orientation is applied), a PIL image (taken as it lies), a uint8
+            array (H, W, 3) or a uint8 tensor (3, H, W): scaled to [0, 1] and normalised as the
+            config says. A floating-point tensor (3, H, W) is network input, normalised already.
+            Tensors may have a leading batch dimension of 1.
+        window_size: side of a window in pixels; "whole" for one window that is the image. An image
+            whose shorter side is less is enlarged to it.
+        window_stride: pixels between windows, at most `window_size`. None is the config's if the
+            window is the config's too, and otherwise `window_size`: windows side by side.
+        scales: factors by which the image is resized, each giving one view.
+        flip: adds the mirror image of each view.
+        size: (H, W) in pixels of the answer; None is the image's own size.
+        return_probabilities: "none"; "top1" for the largest probability of each pixel; "all".
+        batch_size: windows per forward pass. Memory grows with it, the answer does not change.
+        short_side: pixels to which the image's shorter side is resized before `scales`, the longer
+            in proportion without a cap; "original" leaves it. None is the config's for a picture
+            and "original" for network input. (Official evaluation also caps the longer side, at a
+            multiple of the shorter that depends on the dataset: 4 for ADE20K.)
+
+    Returns:
+        labels: (H, W) on the model's device; uint8, int16 from 257 classes, int32 from 32768.
+        With probabilities, (labels, probabilities): (H, W) for "top1", (K, H, W) for "all", in
+        float32, or float64 for a float64 model.
+
+    Raises:
+        ValueError: shapes or options that make no sense, NaN or infinity in the image or in the
+            model's output, an unreadable file.
+        TypeError: unsupported types.
+        FileNotFoundError: no such file.
+        BackendError: the model's backend cannot run on its device.
+
+    Source: Strudel et al. 2021, section 4.1 (inference); official segm/model/utils.py, inference.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "patch_logits"):
+        raise TypeError(f"model must be a SegmenterModel, got {type(model).__name__}")
+    config = getattr(model, "config", None)
+    window_size, window_stride = _windows(config, window_size, window_stride)
+    scales = _scales(scales)
+    _positive("batch_size", batch_size)
+    if return_probabilities not in PROBABILITIES:
+        raise ValueError(
+            f"return_probabilities must be one of {', '.join(PROBABILITIES)}; "
+            f"got {return_probabilities!r}"
+        )
+    if short_side not in (None, "original"):
+        _positive("short_side", short_side, ("original",))
+
+    with torch.inference_mode(), _evaluation_mode(model):
+        pixels, picture = _network_input(model, image)
+        height, width = pixels.shape[2:]
+        size = _output_size(size, (height, width))
+        if short_side is None and picture:
+            short_side = config.short_side
+        if short_side is not None and short_side != "original":
+            ratio = short_side / min(height, width)
+            resized = (int(height * ratio + 0.5), int(width * ratio + 0.5))
+            pixels = _resize(pixels, resized)
+        views = _views(model, pixels, window_size, window_stride, scales, bool(flip), batch_size)
+    # Outside inference mode, so that what is returned is an ordinary tensor.
+    if getattr(model, "backend", "auto") == "reference":
+        return _read_reference(views, size, return_probabilities)
+    logits = WindowLogits(views, size)
+    if return_probabilities == "none":
+        return logits.labels()
+    return logits.labels_and_probabilities(top1=return_probabilities == "top1")
+
+
+@torch.no_grad()
+def _read_reference(views: list[WindowView], size: tuple[int, int], wanted: str):
+    probabilities = window_probabilities_reference(views, size)
+    labels = probabilities.argmax(0).to(label_dtype(len(probabilities)))
+    if wanted == "none":
+        return labels
+    return labels, probabilities if wanted == "all" else probabilities.amax(0)
