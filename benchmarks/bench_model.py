@@ -1,10 +1,10 @@
-"""Whole images to label maps: 512 x 512, K = 150, batch 1, random weights (speed needs no others).
+"""Whole images to label maps: 512 x 512, K = 150, batch 1, random weights (speed needs no other).
 
-The baseline is the official algorithm in eager PyTorch, `reference.labels`: attention weights written
-out, logits upsampled to B x 150 x 512 x 512 floats, softmax, argmax. Its best form is taken: the mask
-tensor is made contiguous first, without which PyTorch's bilinear kernel is several times slower.
-Between it and ours stands the same with PyTorch's fused attention, so that the two gains can be told
-apart.
+The baseline is the official algorithm in eager PyTorch, `reference.labels`: attention weights
+written out, logits upsampled to B x 150 x 512 x 512 floats, softmax, argmax. Its best form is
+taken: the mask tensor is made contiguous first, without which PyTorch's softmax is several times
+slower. Between it and ours stands the same with PyTorch's fused attention, so that the two gains
+can be told apart.
 """
 
 import pytest

@@ -1,9 +1,9 @@
 """Which implementation runs: one small table, asked at every call.
 
-`reference` is plain PyTorch on any device and the definition of the right answer. `native` is the CPU
-path: the compiled kernels of `segmenter_fast._C` beside PyTorch's own matrix products and fused
-attention. `triton` is the GPU path; its kernels have not landed, and it says so. `auto` looks at the
-device of the tensor in hand.
+`reference` is plain PyTorch on any device and the definition of the right answer. `native` is the
+CPU path: the compiled kernels of `segmenter_fast._C` beside PyTorch's own matrix products and fused
+attention. `triton` is the GPU path; its kernels have not landed, and it says so. `auto` looks at
+the device of the tensor in hand.
 """
 
 import torch
@@ -28,8 +28,8 @@ def native_module():
         from segmenter_fast import _C
     except ImportError as error:
         raise BackendError(
-            "backend 'native' needs the compiled module segmenter_fast._C, which cannot be imported "
-            f"({error}). Build it with: pip install -e ."
+            "backend 'native' needs the compiled module segmenter_fast._C, which cannot be "
+            f"imported ({error}). Build it with: pip install -e ."
         ) from error
     return _C
 
@@ -60,6 +60,6 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     if backend == "triton":
         raise BackendError(
             "backend 'triton' has no kernels yet in this version. "
-            "Use backend='auto', which takes plain PyTorch on a GPU and the compiled kernels on a CPU."
+            "Use backend='auto': plain PyTorch on a GPU, the compiled kernels on a CPU."
         )
     return backend

@@ -30,9 +30,11 @@ class DropPath(nn.Module):
         self.drop_prob = float(drop_prob)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) to the same shape."""
         return drop_path(x, self.drop_prob, self.training)
 
     def extra_repr(self) -> str:
+        """The rate, for `print(model)`."""
         return f"drop_prob={self.drop_prob:g}"
 
 
@@ -47,6 +49,7 @@ class FeedForward(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
@@ -67,12 +70,13 @@ class Attention(nn.Module):
         return self.qkv(x).view(batch, tokens, 3, self.heads, dim // self.heads)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
         dropout = self.attn_drop.p if self.training else 0.0
         y = attention(self._packed(x), dropout_p=dropout, backend=self.backend)
         return self.proj_drop(self.proj(y))
 
     def weights(self, x: Tensor) -> Tensor:
-        """(B, heads, N, N) softmax probabilities, after dropout in training as in the official code."""
+        """(B, heads, N, N) softmax probabilities, with dropout in training as officially."""
         return self.attn_drop(attention_weights(self._packed(x)))
 
 
@@ -88,6 +92,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
+        """(B, N, D) to (B, N, D), or to the (B, heads, N, N) attention weights."""
         if return_attention:
             return self.attn.weights(self.norm1(x))
         x = x + self.drop_path(self.attn(self.norm1(x)))

@@ -1,4 +1,4 @@
-"""Everything that describes a Segmenter except its numbers: one dataclass, stored as config.json."""
+"""All that describes a Segmenter except its numbers: one dataclass, stored as config.json."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ class SegmenterConfig:
 
     Args:
         n_cls: number of classes K.
-        image_size: (H, W) in pixels of the training crop; fixes the grid of the position embeddings.
+        image_size: (H, W) in pixels of the training crop; fixes the grid of position embeddings.
         patch_size: side of a square patch in pixels.
         d_model: token width; the mask transformer uses the same.
         n_layers, n_heads: of the encoder.
@@ -87,7 +87,10 @@ class SegmenterConfig:
 
         for name in ("n_cls", "patch_size", "d_model", "n_layers", "n_heads"):
             value = getattr(self, name)
-            need(isinstance(value, int) and value > 0, f"{name} must be a positive int, got {value!r}")
+            need(
+                isinstance(value, int) and value > 0,
+                f"{name} must be a positive int, got {value!r}",
+            )
         need(len(self.image_size) == 2, f"image_size must be (H, W), got {self.image_size}")
         need(
             all(s > 0 and s % self.patch_size == 0 for s in self.image_size),

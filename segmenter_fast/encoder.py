@@ -37,9 +37,7 @@ def resize_pos_embed(
 class PatchEmbedding(nn.Module):
     """Non-overlapping patches, linearly projected: a convolution whose stride is its kernel."""
 
-    def __init__(
-        self, image_size: tuple[int, int], patch_size: int, embed_dim: int, channels: int
-    ):
+    def __init__(self, image_size: tuple[int, int], patch_size: int, embed_dim: int, channels: int):
         super().__init__()
         if image_size[0] % patch_size or image_size[1] % patch_size:
             raise ValueError(
@@ -141,7 +139,7 @@ class VisionTransformer(nn.Module):
         return self.dropout(x + pos_embed)
 
     def forward(self, im: Tensor, return_features: bool = False) -> Tensor:
-        """(B, C, H, W), sides divisible by the patch, to (B, extra + N, D) or class logits (B, n_cls)."""
+        """(B, C, H, W) of whole patches to (B, extra + N, D), or to class logits (B, n_cls)."""
         x = self._tokens(im)
         for block in self.blocks:
             x = block(x)

@@ -21,8 +21,8 @@ def evaluate(
         **protocol: of `predict`: window_size, window_stride, scales, flip, short_side.
 
     Returns:
-        dict with "miou", "pixel_accuracy", "iou" (a list by class, None where a class never occurs),
-        "images", and the "confusion" matrix (rows are the truth) as a tensor.
+        dict with "miou", "pixel_accuracy", "iou" (a list by class, None where a class never
+        occurs), "images", and the "confusion" matrix (rows are the truth) as a tensor.
 
     Source: Strudel et al. 2021, section 4.1 (mean IoU over the whole split).
     """
@@ -42,4 +42,3 @@ def evaluate(
         "images": len(dataset),
         "confusion": total,
     }
-

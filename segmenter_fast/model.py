@@ -171,13 +171,13 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         )
 
     def get_attention_map_enc(self, im: Tensor, layer_id: int) -> Tensor:
-        """(B, heads, extra + N, extra + N) attention of an encoder block; `im` fills whole patches."""
+        """(B, heads, extra + N, extra + N) attention of an encoder block; no padding."""
         return self.encoder.get_attention_map(im, layer_id)
 
     def get_attention_map_dec(self, im: Tensor, layer_id: int) -> Tensor:
         """(B, heads, N + K, N + K) attention of a mask transformer block."""
         if not hasattr(self.decoder, "get_attention_map"):
-            raise ValueError(f"{type(self.decoder).__name__} has no attention: it is one linear layer")
+            raise ValueError(f"{type(self.decoder).__name__} has no attention to show")
         return self.decoder.get_attention_map(self._features(im), layer_id)
 
     @classmethod
@@ -188,14 +188,14 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         backend: str = "auto",
         **options,
     ) -> "SegmenterModel":
-        """Load weights from a folder, a file, a bundled name, the official zoo or the Hugging Face hub.
+        """Load weights: a folder, a file, a bundled name, the official zoo or the Hugging Face hub.
 
         Args:
-            pretrained_model_name_or_path: a folder of ours (config.json, model.safetensors) or of the
-                official code (checkpoint.pth, variant.yml); "scenes" or "street"; "Seg-B-Mask/16" and
-                the rest of the official zoo; "organisation/name" on the hub.
-            num_classes: for fine-tuning; another number than the weights' draws the class-dependent
-                parameters anew and names them in a warning.
+            pretrained_model_name_or_path: a folder of ours (config.json, model.safetensors) or of
+                the official code (checkpoint.pth, variant.yml); "scenes" or "street";
+                "Seg-B-Mask/16" and the rest of the official zoo; "organisation/name" on the hub.
+            num_classes: for fine-tuning; another number than the weights' draws the
+                class-dependent parameters anew and names them in a warning.
             backend: see the class.
             **options: `device`, and the hub's `revision`, `token`, `cache_dir`, `force_download`,
                 `local_files_only`.

@@ -10,16 +10,15 @@ import contextlib
 import math
 import numbers
 import os
-import struct
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
+from segmenter_fast.images import load_image, to_rgb
 from segmenter_fast.ops.upsample import label_dtype
 from segmenter_fast.ops.windows import (
     WindowLogits,
@@ -31,59 +30,6 @@ from segmenter_fast.ops.windows import (
 PROBABILITIES = ("none", "top1", "all")
 MAX_ENLARGED_PIXELS = 1 << 28
 """An image that must grow past this before a window fits is refused: 3 GiB as network input."""
-
-
-# ------------------------------------------------------------------------------------------- images
-def load_image(path: str | os.PathLike) -> Image.Image:
-    """Read a picture from a file as upright 8-bit RGB.
-
-    Args:
-        path: any format Pillow reads; the first frame of several.
-
-    Returns:
-        RGB image, turned as its EXIF orientation says; `to_rgb` says how other modes are converted.
-
-    Raises:
-        FileNotFoundError: no such file.  ValueError: not a readable picture.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"image {path} does not exist")
-    try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    # Damaged files surface as any of these, depending on the format and on where they are cut.
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read image {path}: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a PIL image of any mode to 8-bit RGB.
-
-    Grey values are repeated, palettes looked up, transparency is dropped, and modes "I;16" and "I"
-    are taken for 16-bit grey (0 to 65535).
-
-    Raises:
-        ValueError: a mode whose values have no agreed range, such as "F".
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
-        return Image.fromarray((grey + 0.5).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode == "La":
-        image = image.convert("LA")
-    try:
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no agreed range")
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(
-            f"cannot convert an image of mode {image.mode!r} to RGB: {error}. "
-            "Convert it to mode 'RGB' or 'L' first."
-        ) from error
 
 
 def _network_input(model: nn.Module, image) -> tuple[Tensor, bool]:

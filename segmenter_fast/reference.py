@@ -19,7 +19,7 @@ State = Mapping[str, Tensor]
 
 
 def linear(x: Tensor, p: State, name: str) -> Tensor:
-    """x W^T + b."""
+    """The affine map x W^T + b."""
     return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
 

@@ -1,7 +1,7 @@
 """Train a Segmenter in one process: `segmenter-fast train`, or `python -m segmenter_fast.train`.
 
-The loss runs through `model(images, target)`. Every sample is drawn from a numbered stream, so a run
-that was stopped and resumed sees the pictures it would have seen.
+The loss runs through `model(images, target)`. Every sample is drawn from a numbered stream, so that
+a run that was stopped and resumed sees the pictures it would have seen.
 """
 
 import copy
@@ -37,7 +37,7 @@ class TrainOptions:
         clip: largest gradient norm; 0 leaves gradients alone.
         scale: (low, high) of the random zoom.
         jitter: strength of the photometric distortion.
-        class_weights: "none", or "sqrt" for one over the square root of a class's share of the pixels.
+        class_weights: "none", or "sqrt": one over the square root of a class's share of pixels.
         label_smoothing: of the cross-entropy.
         ema: decay of the averaged weights that are evaluated and kept; 0 keeps the last ones.
         amp: autocast to bfloat16.
@@ -123,7 +123,7 @@ def class_weights(dataset, num_classes: int, ignore_index: int = 255, samples: i
 
 
 class Averaged:
-    """Exponential moving average of a model's parameters, warmed up so that early noise is forgotten."""
+    """Exponential moving average of a model's parameters; young averages forget faster."""
 
     def __init__(self, model, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
@@ -131,6 +131,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, model, step: int) -> None:
+        """Move towards `model`'s parameters."""
         decay = min(self.decay, (step + 1) / (step + 10))
         for mine, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
             mine.lerp_(theirs, 1 - decay)
@@ -159,7 +160,9 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
     if resume and not state_file.exists():
         raise FileNotFoundError(f"nothing to resume: {state_file} does not exist")
     if not resume and (state_file.exists() or log_file.exists()):
-        raise FileExistsError(f"{output} holds a run: continue it with resume, or choose another folder")
+        raise FileExistsError(
+            f"{output} holds a run: continue it with resume, or choose another folder"
+        )
     output.mkdir(parents=True, exist_ok=True)
 
     device = next(model.parameters()).device
@@ -188,9 +191,15 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
     stream = TrainStream(train_set, transform, options.seed, options.steps * options.batch_size)
     remaining = Subset(stream, range(first * options.batch_size, len(stream)))
     loader = DataLoader(
-        remaining, options.batch_size, num_workers=options.workers, pin_memory=device.type == "cuda",
-        persistent_workers=options.workers > 0, prefetch_factor=4 if options.workers else None,
-    )  # fmt: skip
+        remaining,
+        options.batch_size,
+        num_workers=options.workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=options.workers > 0,
+        prefetch_factor=4 if options.workers else None,
+        # Else starting the loader draws from the global generator, and with it a resumed run's dropout.
+        generator=torch.Generator(),
+    )
 
     model.train()
     started, loss_sum, loss_count = time.perf_counter(), 0.0, 0
@@ -227,9 +236,7 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
         state["step"] = step + 1
         if state["step"] % options.save_every == 0 or state["step"] == options.steps:
             kept = averaged.model if averaged else model
-            result = evaluate(
-                kept, val_set, progress=False, ignore_index=ignore_index, **protocol
-            )
+            result = evaluate(kept, val_set, progress=False, ignore_index=ignore_index, **protocol)
             kept.save_pretrained(output / "last")
             if result["miou"] > state["best_miou"]:
                 state |= {"best_miou": result["miou"], "best_step": state["step"]}
@@ -253,7 +260,11 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
                 f"pixel accuracy {100 * row['pixel_accuracy']:.2f}"
             )
     bar.close()
-    return {"best_miou": state["best_miou"], "best_step": state["best_step"], "steps": state["step"]}
+    return {
+        "best_miou": state["best_miou"],
+        "best_step": state["best_step"],
+        "steps": state["step"],
+    }
 
 
 def _save_state(path: Path, state, model, optimizer, averaged, options) -> None:
@@ -276,7 +287,9 @@ def _save_state(path: Path, state, model, optimizer, averaged, options) -> None:
 def _restore(path: Path, model, optimizer, averaged, options) -> dict:
     content = torch.load(path, map_location="cpu", weights_only=True)
     before, now = content["options"], dataclasses.asdict(options)
-    changed = {k: (before.get(k), now[k]) for k in now if before.get(k) != now[k] and k != "workers"}
+    changed = {
+        k: (before.get(k), now[k]) for k in now if before.get(k) != now[k] and k != "workers"
+    }
     if changed:
         text = ", ".join(f"{k}: {a!r} then, {b!r} now" for k, (a, b) in changed.items())
         raise ValueError(f"the run in {path.parent} was started with other options ({text})")

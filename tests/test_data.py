@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from segmenter_fast.data import CamVid, FolderDataset, InMemory
-from segmenter_fast.data.folder import read_image, read_mask
 from segmenter_fast.data.transforms import TrainStream, TrainTransform, distort_colours
+from segmenter_fast.images import load_image, load_mask
 
 REAL_CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
 
@@ -72,24 +72,24 @@ def test_folder_dataset_errors(tmp_path):
 def test_unreadable_files(tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"cannot read the image .*broken\.png"):
-        read_image(broken)
-    with pytest.raises(ValueError, match=r"cannot read the label map .*broken\.png"):
-        read_mask(broken)
+    with pytest.raises(ValueError, match=r"cannot read image .*broken\.png"):
+        load_image(broken)
+    with pytest.raises(ValueError, match=r"cannot read label map .*broken\.png"):
+        load_mask(broken)
     whole = tmp_path / "whole.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)).save(whole)
     broken.write_bytes(whole.read_bytes()[:900])
-    with pytest.raises(ValueError, match="cannot read the image"):
-        read_image(broken)
+    with pytest.raises(ValueError, match="cannot read image"):
+        load_image(broken)
     with pytest.raises(ValueError, match=r"one channel .* got mode RGB with shape \(60, 60, 3\)"):
-        read_mask(whole)
+        load_mask(whole)
 
 
 def test_palette_masks_keep_their_indices(tmp_path):
     mask = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3), "P")
     mask.putpalette([7, 8, 9] * 256)
     mask.save(tmp_path / "m.png")
-    assert read_mask(tmp_path / "m.png").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert load_mask(tmp_path / "m.png").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_in_memory_forwards_attributes(tmp_path):

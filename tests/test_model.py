@@ -24,8 +24,8 @@ from segmenter_fast.variants import VARIANTS, create_config
 def tiny(decoder="mask_transformer", distilled=False, patch=8, n_cls=5, **changes):
     torch.manual_seed(0)
     encoder = VisionTransformer(
-        image_size=(32, 48), patch_size=patch, n_layers=2, d_model=64, d_ff=128, n_heads=2, n_cls=10,
-        dropout=changes.get("dropout", 0.0), drop_path_rate=changes.get("drop_path", 0.0),
+        image_size=(32, 48), patch_size=patch, n_layers=2, d_model=64, d_ff=128, n_heads=2,
+        n_cls=10, dropout=changes.get("dropout", 0.0), drop_path_rate=changes.get("drop_path", 0.0),
         distilled=distilled,
     )  # fmt: skip
     if decoder == "linear":
@@ -79,7 +79,7 @@ def test_padding_is_zero_after_normalisation():
 
 
 def test_position_embeddings_resample_by_token_count():
-    """Another grid with as many tokens takes the embeddings as they are, as the official code does."""
+    """Another grid with as many tokens takes the embeddings as they are, as officially."""
     model = tiny().eval()  # trained grid 4 x 6
     encoder = model.encoder
     same_count = encoder._tokens(torch.zeros(1, 3, 8 * 3, 8 * 8))
@@ -137,7 +137,9 @@ def test_no_weight_decay():
     assert tiny("linear").no_weight_decay() == names - {"decoder.cls_emb"}
 
 
-@pytest.mark.parametrize("name", ["Seg-N-Mask/8", "Seg-T/16", "Seg-T-Mask/16", "Seg-T-DeiT-Mask/16"])
+@pytest.mark.parametrize(
+    "name", ["Seg-N-Mask/8", "Seg-T/16", "Seg-T-Mask/16", "Seg-T-DeiT-Mask/16"]
+)
 def test_create_model(name):
     model = create_model(name, num_classes=7, image_size=64, drop_path_rate=0.2)
     variant = VARIANTS[name]
@@ -152,7 +154,7 @@ def test_create_model(name):
 
 
 def test_every_variant_has_its_published_size():
-    """Millions of parameters of the paper's table, encoder and mask decoder without the 1000-way head."""
+    """Millions of parameters of the paper's table, without the 1000-way head."""
     published = {"T": 7, "S": 27, "B": 106, "L": 334}
     for size, millions in published.items():
         config = create_config(f"Seg-{size}-Mask/16", 150, 640 if size == "L" else 512)
@@ -258,7 +260,7 @@ def test_copy_pickle_and_state_dict():
 
 
 def test_custom_encoder():
-    """Anything with the official encoder's three attributes fits; there is no config to save then."""
+    """Anything with the official encoder's attributes fits; there is no config to save then."""
 
     class Flat(nn.Module):
         patch_size, distilled = 4, False

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from segmenter_fast import SegmenterConfig, SegmenterModel, predict
-from segmenter_fast.predict import load_image
+from segmenter_fast.images import load_image
 from segmenter_fast.variants import create_model_from_config
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -21,7 +21,9 @@ OPTIONS = TrainOptions(
 def setup(seed=0):
     torch.manual_seed(seed)
     data = Scenes(8, size=(32, 48), split="train"), Scenes(3, size=(32, 48), split="val")
-    model = create_model("Seg-N-Mask/8", data[0].num_classes, (32, 48), class_names=data[0].class_names)
+    model = create_model(
+        "Seg-N-Mask/8", data[0].num_classes, (32, 48), class_names=data[0].class_names
+    )
     return model, *data
 
 
@@ -53,7 +55,9 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch):
         train(*setup(), tmp_path / "run", OPTIONS)
     monkeypatch.undo()
     train(*setup(seed=9), tmp_path / "run", OPTIONS, resume=True)
-    states = [torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "run")]
+    states = [
+        torch.load(tmp_path / run / "state.pt", weights_only=True) for run in ("whole", "run")
+    ]
     for name, value in states[0]["model"].items():
         torch.testing.assert_close(states[1]["model"][name], value, rtol=1e-4, atol=1e-5)
     assert states[0]["step"] == states[1]["step"] == 6
@@ -64,8 +68,8 @@ def test_learns(tmp_path):
     model, train_set, val_set = setup()
     train_set = torch.utils.data.Subset(train_set, range(4))
     options = TrainOptions(
-        steps=40, batch_size=4, optimizer="adamw", lr=2e-3, warmup=5, save_every=10, val_limit=1, jitter=0.0,
-        scale=(1, 1), clip=1.0,
+        steps=40, batch_size=4, optimizer="adamw", lr=2e-3, warmup=5, save_every=10, val_limit=1,
+        jitter=0.0, scale=(1, 1), clip=1.0,
     )  # fmt: skip
     train(model, train_set, val_set, tmp_path / "run", options)
     rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -86,7 +90,7 @@ def test_resume_with_other_options_is_refused(tmp_path):
 
     options = dataclasses.replace(OPTIONS, steps=1)
     train(*setup(), tmp_path / "run", options)
-    with pytest.raises(ValueError, match="lr: 0.001 then, 0.1 now"):
+    with pytest.raises(ValueError, match=r"lr: 0\.001 then, 0\.1 now"):
         train(*setup(), tmp_path / "run", dataclasses.replace(options, lr=0.1), resume=True)
 
 

@@ -4,44 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Open a picture as RGB, turned upright as its EXIF orientation says.
-
-    Raises:
-        ValueError: not a picture that can be read, with the path and the reason.
-        FileNotFoundError: no such file.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
-
-
-def read_mask(path: str | Path) -> np.ndarray:
-    """Open a label map: the indices of a palette image, or the values of a grey one, (H, W) uint8."""
-    try:
-        with Image.open(path) as image:
-            mode, mask = image.mode, np.array(image)
-    except FileNotFoundError:
-        raise
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        raise ValueError(f"cannot read the label map {path}: {error}") from error
-    if mask.ndim != 2 or mask.min() < 0 or mask.max() > 255:
-        raise ValueError(
-            f"label map {path} must have one channel of class numbers 0 to 255 (mode P or L), "
-            f"got mode {mode} with shape {mask.shape}"
-        )
-    return mask.astype(np.uint8)
+from segmenter_fast.images import IMAGE_SUFFIXES, MASK_SUFFIXES, load_image, load_mask
 
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
@@ -89,8 +54,8 @@ class FolderDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """(3, H, W) uint8 image and (H, W) uint8 labels."""
         picture, label_map = self.files[index]
-        image = np.array(read_image(picture))
-        mask = read_mask(label_map)
+        image = np.array(load_image(picture))
+        mask = load_mask(label_map)
         if image.shape[:2] != mask.shape:
             raise ValueError(
                 f"{picture} is {image.shape[1]} x {image.shape[0]} pixels and {label_map} "
@@ -99,8 +64,8 @@ class FolderDataset(torch.utils.data.Dataset):
         outside = (mask >= self.num_classes) & (mask != self.ignore_index)
         if outside.any():
             raise ValueError(
-                f"{label_map} holds label {int(mask[outside][0])} at {int(outside.sum())} pixels; expected "
-                f"0 to {self.num_classes - 1} or ignore_index {self.ignore_index}"
+                f"{label_map} holds label {int(mask[outside][0])} at {int(outside.sum())} pixels; "
+                f"expected 0 to {self.num_classes - 1} or ignore_index {self.ignore_index}"
             )
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
 

@@ -28,7 +28,8 @@ class TrainTransform:
         scale: (low, high) of the log-uniform zoom.
         flip: mirror half of the samples.
         jitter: strength of brightness, contrast, saturation and hue; 0 leaves colours alone.
-        max_class_share: a crop that one class fills beyond this share is drawn again, ten times at most.
+        max_class_share: a crop that one class fills beyond this share is drawn again, at most ten
+            times.
         ignore_index: label of pixels without truth.
 
     Source: Strudel et al. 2021, section 4.2; official segm/data/config (crop, flip and distortion).
@@ -57,7 +58,9 @@ class TrainTransform:
                 break
         image, target = image[:, window[0], window[1]], target[window]
 
-        size = [min(c, max(1, round(s * zoom))) for c, s in zip(self.crop, target.shape, strict=True)]
+        size = [
+            min(c, max(1, round(s * zoom))) for c, s in zip(self.crop, target.shape, strict=True)
+        ]
         x = image[None].float() / 255
         x = F.interpolate(x, size, mode="bilinear", antialias=zoom < 1)[0].clamp_(0, 1)
         y = F.interpolate(target[None, None], size, mode="nearest-exact")[0, 0]
@@ -85,8 +88,8 @@ def distort_colours(x: Tensor, rng: np.random.Generator, strength: float = 1.0) 
     Args:
         x: (3, H, W) float in [0, 1].
         rng: source of randomness.
-        strength: 1 is brightness +-0.125, contrast and saturation 0.5 to 1.5, hue +-18 degrees, each
-            applied to half of the samples.
+        strength: 1 is brightness +-0.125, contrast and saturation 0.5 to 1.5, hue +-18 degrees,
+            each applied to half of the samples.
 
     Returns:
         (3, H, W) in [0, 1].

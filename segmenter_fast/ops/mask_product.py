@@ -1,6 +1,6 @@
-"""Masks: the scalar product of L2-normalised patch and class vectors, layer-normalised over classes.
+"""Masks: scalar products of L2-normalised patch and class vectors, layer norm over the classes.
 
-    m[n, k] = <p_n / |p_n|, c_k / |c_k|>        y = LayerNorm_k(m)
+m[n, k] = <p_n / |p_n|, c_k / |c_k|>        y = LayerNorm_k(m)
 """
 
 import torch.nn.functional as F
