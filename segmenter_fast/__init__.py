@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from segmenter_fast.backend import BackendError
+from segmenter_fast.checkpoint import CheckpointError
 from segmenter_fast.config import SegmenterConfig
 from segmenter_fast.model import SegmenterModel
 from segmenter_fast.ops.upsample import (
@@ -23,6 +24,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "BackendError",
+    "CheckpointError",
     "PatchLogits",
     "SegmenterConfig",
     "SegmenterModel",

@@ -202,6 +202,11 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
 
         Returns:
             The model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: nothing of that name, with what was tried.
+            CheckpointError: weights that are damaged, unsafe to read, or do not fit.
+            ValueError: a broken config.
         """
         from segmenter_fast.checkpoint import load_model
 
@@ -209,23 +214,44 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
             pretrained_model_name_or_path, num_classes=num_classes, backend=backend, **options
         )
 
-    def save_pretrained(self, save_directory: str | Path, *args, **options) -> str | None:
-        """Write config.json and model.safetensors; `dtype=torch.float16` halves the file.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        model_card: str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        config: None = None,
+        model_card_kwargs: dict | None = None,
+        **hub_options,
+    ) -> str | None:
+        """Write config.json and model.safetensors, each whole or not at all.
 
-        `push_to_hub=True` and `repo_id` are the Hugging Face mixin's.
+        Args:
+            save_directory: made if need be; files of these names are replaced.
+            dtype: floating type to store, None the parameters' own; torch.float16 halves the file.
+            model_card: text of README.md; None leaves that file alone.
+            push_to_hub: upload the model as well, to `repo_id` or the folder's name.
+            repo_id: "organisation/name" on the Hugging Face hub.
+            config, model_card_kwargs: what the hub's mixin passes; the model knows its own.
+            **hub_options: of `push_to_hub`, such as `private` and `token`.
+
+        Returns:
+            The commit's address if it was uploaded.
+
+        Raises:
+            ValueError: the model has no config.  OSError: nothing was replaced.
         """
-        self._save_options = {
-            key: options.pop(key) for key in ("dtype", "model_card") if key in options
-        }
-        try:
-            return super().save_pretrained(save_directory, *args, **options)
-        finally:
-            del self._save_options
-
-    def _save_pretrained(self, save_directory: Path) -> None:
         from segmenter_fast.checkpoint import save_pretrained
 
-        save_pretrained(self, save_directory, **getattr(self, "_save_options", {}))
+        if hub_options and not push_to_hub:
+            raise TypeError(f"{sorted(hub_options)} need push_to_hub=True")
+        # Not the mixin's own way, which deletes the old config.json before it writes the new one.
+        save_pretrained(self, save_directory, dtype=dtype, model_card=model_card)
+        if push_to_hub:
+            return self.push_to_hub(repo_id or Path(save_directory).name, **hub_options)
+        return None
 
 
 def describe(encoder: nn.Module, decoder: nn.Module, n_cls: int) -> SegmenterConfig | None:

@@ -197,7 +197,7 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
         pin_memory=device.type == "cuda",
         persistent_workers=options.workers > 0,
         prefetch_factor=4 if options.workers else None,
-        # Else starting the loader draws from the global generator, and with it a resumed run's dropout.
+        # Else starting the loader would draw from the generator of dropout, in resumed runs too.
         generator=torch.Generator(),
     )
 

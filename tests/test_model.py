@@ -287,6 +287,27 @@ def test_compile_fullgraph(target):
     torch.testing.assert_close(compiled(*arguments), model(*arguments))
 
 
+def test_distributed_data_parallel(tmp_path):
+    """The wrapper sees training, because the loss comes out of `forward`.
+
+    The classification head of the pretrained encoder takes no part, hence find_unused_parameters,
+    as in the official trainer.
+    """
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny()
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        images, target = torch.randn(2, 3, 32, 48), torch.randint(0, 5, (2, 32, 48))
+        for _ in range(2):
+            wrapped(images, target).backward()
+        unused = {name for name, p in model.named_parameters() if p.grad is None}
+        assert unused == {"encoder.head.weight", "encoder.head.bias"}
+    finally:
+        dist.destroy_process_group()
+
+
 def test_export():
     model = tiny().eval()
     images = torch.randn(1, 3, 32, 48)
