@@ -272,10 +272,11 @@ def predict(
         size: (H, W) in pixels of the answer; None is the image's own size.
         return_probabilities: "none"; "top1" for the largest probability of each pixel; "all".
         batch_size: windows per forward pass. Memory grows with it, the answer does not change.
-        short_side: pixels to which the image's shorter side is resized before `scales`, the longer
-            in proportion without a cap; "original" leaves it. None is the config's for a picture
-            and "original" for network input. (Official evaluation also caps the longer side, at a
-            multiple of the shorter that depends on the dataset: 4 for ADE20K.)
+        short_side: pixels to which the image's shorter side is resized before `scales`, with
+            antialiasing, the longer side in proportion without a cap; "original" leaves it. None is
+            the config's for a picture and "original" for network input. (Official evaluation
+            resizes without antialiasing, and caps the longer side at a multiple of the shorter that
+            depends on the dataset: 4 for ADE20K.)
 
     Returns:
         labels: (H, W) on the model's device; uint8, int16 from 257 classes, int32 from 32768.
@@ -314,7 +315,10 @@ def predict(
         if short_side is not None and short_side != "original":
             ratio = short_side / min(height, width)
             resized = (int(height * ratio + 0.5), int(width * ratio + 0.5))
-            pixels = _resize(pixels, resized)
+            # A photograph is often shrunk tenfold here, and every pixel should count. Training
+            # crops are shrunk in the same way. PyTorch has this for 32 and 64 bits only.
+            exact = pixels if pixels.dtype == torch.float64 else pixels.float()
+            pixels = F.interpolate(exact, size=resized, mode="bilinear", antialias=True).to(pixels)
         views = _views(model, pixels, window_size, window_stride, scales, bool(flip), batch_size)
     # Outside inference mode, so that what is returned is an ordinary tensor.
     if getattr(model, "backend", "auto") == "reference":

@@ -177,7 +177,7 @@ def test_defaults_come_from_the_config(model, picture):
 
 def test_short_side(model, picture):
     image = normalised(picture)
-    resized = F.interpolate(image[None], size=(36, 56), mode="bilinear")
+    resized = F.interpolate(image[None], size=(36, 56), mode="bilinear", antialias=True)
     expected = predict(model, resized, size=(45, 70), return_probabilities="all")[1]
     asked = predict(model, image, short_side=36, return_probabilities="all")[1]
     torch.testing.assert_close(asked, expected)
@@ -190,6 +190,9 @@ def test_short_side(model, picture):
     _, network = predict(model, image, return_probabilities="all")
     torch.testing.assert_close(original, network, rtol=0, atol=1e-5)
     assert (original - expected).abs().max() > 1e-3
+
+    half = copy.deepcopy(model).bfloat16()
+    assert predict(half, picture).shape == (45, 70)
 
 
 def test_output_size_and_types(model, picture):
