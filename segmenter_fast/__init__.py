@@ -1,40 +1,62 @@
-"""segmenter_fast: Segmenter (Strudel et al., ICCV 2021) as fast as the hardware allows."""
+"""segmenter_fast: Segmenter (Strudel et al., ICCV 2021) as fast as the hardware allows.
 
-from importlib.metadata import PackageNotFoundError, version
+The public names are loaded when they are first used, so that `segmenter-fast --help` does not wait
+for PyTorch.
+"""
 
-from segmenter_fast.backend import BackendError
-from segmenter_fast.checkpoint import CheckpointError
-from segmenter_fast.config import SegmenterConfig
-from segmenter_fast.model import SegmenterModel
-from segmenter_fast.ops.upsample import (
-    upsample_argmax,
-    upsample_confusion,
-    upsample_cross_entropy,
-    upsample_logits,
-    upsample_probabilities,
-)
-from segmenter_fast.patch_logits import PatchLogits
-from segmenter_fast.predict import predict
-from segmenter_fast.variants import create_model, list_variants
+import importlib
+from typing import TYPE_CHECKING
 
-try:
-    __version__ = version("segmenter_fast")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from segmenter_fast.backend import BackendError
+    from segmenter_fast.checkpoint import CheckpointError
+    from segmenter_fast.config import SegmenterConfig
+    from segmenter_fast.inference import predict
+    from segmenter_fast.model import SegmenterModel
+    from segmenter_fast.ops.upsample import (
+        upsample_argmax,
+        upsample_confusion,
+        upsample_cross_entropy,
+        upsample_logits,
+        upsample_probabilities,
+    )
+    from segmenter_fast.patch_logits import PatchLogits
+    from segmenter_fast.variants import create_model, list_variants
 
-__all__ = [
-    "BackendError",
-    "CheckpointError",
-    "PatchLogits",
-    "SegmenterConfig",
-    "SegmenterModel",
-    "__version__",
-    "create_model",
-    "list_variants",
-    "predict",
-    "upsample_argmax",
-    "upsample_confusion",
-    "upsample_cross_entropy",
-    "upsample_logits",
-    "upsample_probabilities",
-]
+_HOME = {
+    "BackendError": "backend",
+    "CheckpointError": "checkpoint",
+    "PatchLogits": "patch_logits",
+    "SegmenterConfig": "config",
+    "SegmenterModel": "model",
+    "create_model": "variants",
+    "list_variants": "variants",
+    "predict": "inference",
+    "upsample_argmax": "ops.upsample",
+    "upsample_confusion": "ops.upsample",
+    "upsample_cross_entropy": "ops.upsample",
+    "upsample_logits": "ops.upsample",
+    "upsample_probabilities": "ops.upsample",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value = version("segmenter_fast")
+        except PackageNotFoundError:  # a source tree that was never installed
+            value = "0+unknown"
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"segmenter_fast.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'segmenter_fast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

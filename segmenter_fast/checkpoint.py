@@ -762,6 +762,8 @@ def save_pretrained(
     try:
         for name, write in writers.items():
             write(temporary[name])
+        # safetensors makes files for their owner alone; the umask decides, as for the config.
+        temporary[WEIGHTS].chmod(temporary[CONFIG].stat().st_mode)
         for name, path in temporary.items():
             os.replace(path, directory / name)
     finally:

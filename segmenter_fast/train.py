@@ -37,13 +37,13 @@ class TrainOptions:
         clip: largest gradient norm; 0 leaves gradients alone.
         scale: (low, high) of the random zoom.
         jitter: strength of the photometric distortion.
-        class_weights: "none", or "sqrt": one over the square root of a class's share of pixels.
+        class_weights: exponent p of the loss weights (share of pixels)^-p; 0 weighs all alike, 0.5
+            is a good start where rare classes matter.
         label_smoothing: of the cross-entropy.
         ema: decay of the averaged weights that are evaluated and kept; 0 keeps the last ones.
         amp: autocast to bfloat16.
         save_every: steps between evaluations, each of which updates `last` and perhaps `best`.
         val_limit: evaluate on at most this many validation images while training; 0 is all.
-        val_short_side: side in pixels to which validation images are resized; 0 keeps the model's.
         workers: processes that decode and augment.
         seed: of the initialisation, the order and every sample.
 
@@ -60,21 +60,20 @@ class TrainOptions:
     clip: float = 0.0
     scale: tuple[float, float] = (0.5, 2.0)
     jitter: float = 1.0
-    class_weights: str = "none"
+    class_weights: float = 0.0
     label_smoothing: float = 0.0
     ema: float = 0.0
     amp: bool = False
     save_every: int = 500
     val_limit: int = 0
-    val_short_side: int = 0
     workers: int = 0
     seed: int = 0
 
     def __post_init__(self):
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer must be 'sgd' or 'adamw', got {self.optimizer!r}")
-        if self.class_weights not in ("none", "sqrt"):
-            raise ValueError(f"class_weights must be 'none' or 'sqrt', got {self.class_weights!r}")
+        if not 0 <= self.class_weights <= 1:
+            raise ValueError(f"class_weights must be in [0, 1], got {self.class_weights}")
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -108,8 +107,10 @@ def make_optimizer(model, options: TrainOptions) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98))
 
 
-def class_weights(dataset, num_classes: int, ignore_index: int = 255, samples: int = 256):
-    """(K,) float32 weights 1 / sqrt(share of pixels), mean 1; from at most `samples` label maps."""
+def class_weights(
+    dataset, num_classes: int, power: float, ignore_index: int = 255, samples: int = 256
+) -> torch.Tensor:
+    """(K,) float32 weights (share of pixels)^-power, mean 1; from at most `samples` label maps."""
     counts = torch.zeros(num_classes, dtype=torch.float64)
     stride = max(1, len(dataset) // samples)
     for index in range(0, len(dataset), stride):
@@ -118,7 +119,7 @@ def class_weights(dataset, num_classes: int, ignore_index: int = 255, samples: i
     share = counts / counts.sum()
     # A class seen nowhere would weigh infinitely much; it weighs as much as the rarest one seen.
     share = share.clamp_min(share[share > 0].min())
-    weights = share.rsqrt()
+    weights = share**-power
     return (weights / weights.mean()).float()
 
 
@@ -173,12 +174,12 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
         ignore_index=ignore_index,
     )  # fmt: skip
     weight = None
-    if options.class_weights == "sqrt":
-        weight = class_weights(train_set, config.n_cls, ignore_index).to(device)
+    if options.class_weights:
+        power = options.class_weights
+        weight = class_weights(train_set, config.n_cls, power, ignore_index).to(device)
     if options.val_limit and options.val_limit < len(val_set):
         stride = len(val_set) / options.val_limit
         val_set = Subset(val_set, [int(i * stride) for i in range(options.val_limit)])
-    protocol = {"short_side": options.val_short_side} if options.val_short_side else {}
 
     optimizer = make_optimizer(model, options)
     averaged = Averaged(model, options.ema) if options.ema else None
@@ -236,7 +237,7 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
         state["step"] = step + 1
         if state["step"] % options.save_every == 0 or state["step"] == options.steps:
             kept = averaged.model if averaged else model
-            result = evaluate(kept, val_set, progress=False, ignore_index=ignore_index, **protocol)
+            result = evaluate(kept, val_set, progress=False, ignore_index=ignore_index)
             kept.save_pretrained(output / "last")
             if result["miou"] > state["best_miou"]:
                 state |= {"best_miou": result["miou"], "best_step": state["step"]}

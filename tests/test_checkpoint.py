@@ -766,3 +766,12 @@ def test_push_to_hub_uploads_both_files(tmp_path, monkeypatch):
     assert uploads == [("org/name", ["config.json", "model.safetensors"])]
     with pytest.raises(TypeError, match="private"):
         model.save_pretrained(tmp_path / "m", private=True)
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        create_model("Seg-N/8", 3, 32).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}

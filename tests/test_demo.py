@@ -14,9 +14,9 @@ from segmenter_fast.backend import BackendError
 from segmenter_fast.config import SegmenterConfig
 from segmenter_fast.data.scenes import Scenes
 from segmenter_fast.demo import run_demo
+from segmenter_fast.inference import predict
 from segmenter_fast.metrics import confusion_matrix, mean_iou
 from segmenter_fast.model import SegmenterModel
-from segmenter_fast.predict import predict
 from segmenter_fast.variants import create_model_from_config
 
 

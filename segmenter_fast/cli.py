@@ -1,0 +1,1521 @@
+"""`segmenter-fast`: label pictures, train, evaluate, and see what this machine offers.
+
+Only typer and the standard library are imported here; every command imports what it needs when it
+runs, so that `--help` answers at once. What can go wrong in use (a missing file, an unreadable
+picture, a backend that is not there) is one line on standard error and exit status 1; wrong usage
+is status 2; `--debug` shows the traceback. In the docstrings, which are the help texts, a backspace
+character keeps the lines of a paragraph as they are.
+"""
+
+import enum
+import functools
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+PACKAGE = Path(__file__).parent
+LABELS_SUFFIX, OVERLAY_SUFFIX = ".png", ".overlay.png"
+# Decoded images and label maps up to this are kept in memory while training.
+MEMORY_LIMIT = 1 << 30
+INTERRUPTED = 130  # what a shell reports for a program stopped with Ctrl-C
+
+app = typer.Typer(
+    name="segmenter-fast",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+zoo_app = typer.Typer()
+app.add_typer(zoo_app, name="zoo")
+
+
+class Backend(enum.StrEnum):
+    """What computes; `segmenter_fast.backend` has the meaning of each."""
+
+    auto = "auto"
+    reference = "reference"
+    native = "native"
+    triton = "triton"
+
+
+class DatasetKind(enum.StrEnum):
+    """Where images and labels come from."""
+
+    camvid = "camvid"
+    scenes = "scenes"
+    folder = "folder"
+
+
+class Optimizer(enum.StrEnum):
+    """See `TrainOptions`."""
+
+    sgd = "sgd"
+    adamw = "adamw"
+
+
+# --- Options that several commands share ---------------------------------------------------------
+
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        "-w",
+        metavar="NAME|PATH",
+        help="Bundled (street, scenes), official (Seg-T-Mask/16; see 'segmenter-fast zoo'), a "
+        "folder with config.json and model.safetensors or with checkpoint.pth and variant.yml, or "
+        "a Hugging Face organisation/name.",
+    ),
+]
+BackendOption = Annotated[
+    Backend, typer.Option(help="'auto' takes the compiled kernels on a CPU and PyTorch on a GPU.")
+]
+DeviceOption = Annotated[
+    str,
+    typer.Option(metavar="auto|cpu|cuda|cuda:N|mps", help="'auto' is the first GPU, else the CPU."),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads; PyTorch's choice unless given.", show_default=False),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+WindowSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PIXELS|whole",
+        help="Side of the sliding window; 'whole' shows the network the whole image at once. "
+        "The weights' own unless given.",
+    ),
+]
+WindowStrideOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="PIXELS",
+        help="Step of the sliding window, at most its size. The weights' own unless given.",
+    ),
+]
+ShortSideOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PIXELS|original",
+        help="Resize the image's shorter side to this first; 'original' leaves it. The weights' "
+        "own unless given. Label maps have the size of the image in any case.",
+    ),
+]
+ScalesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="S,S,...",
+        help="Average over the image at these scales; the paper's are 0.5,0.75,1.0,1.25,1.5,1.75.",
+    ),
+]
+FlipOption = Annotated[
+    bool, typer.Option("--flip/--no-flip", help="Average with the mirror image.")
+]
+WindowBatchOption = Annotated[
+    int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")
+]
+RootOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder with images/SPLIT and annotations/SPLIT. Not needed for scenes."),
+]
+ClassNamesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|DATASET",
+        help="For 'folder': a text file with one class name per line, a JSON list of "
+        "(name, (r, g, b)), or ade20k, cityscapes, pascal_context. ROOT/classes.txt unless given.",
+    ),
+]
+NumClassesOption = Annotated[
+    int | None, typer.Option(min=1, help="For 'folder' without class names: the number of classes.")
+]
+IgnoreIndexOption = Annotated[
+    int, typer.Option(min=0, max=255, help="For 'folder': label of pixels without a class.")
+]
+SceneSizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="H,W", help="For 'scenes': pixels. The training crop's unless given."),
+]
+DataSeedOption = Annotated[
+    int, typer.Option(min=0, help="For 'scenes': another seed draws other scenes.")
+]
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error is about what was asked for, not a fault of this program."""
+    if isinstance(error, BrokenPipeError):  # `segmenter-fast zoo | head`: typer ends quietly
+        return False
+    if isinstance(error, ValueError | OSError | ArithmeticError | MemoryError):
+        return True
+    kind = type(error)
+    # BackendError, CheckpointError and DownloadError; importing them here would import torch.
+    return kind.__module__.startswith("segmenter_fast.") or kind.__name__ == "OutOfMemoryError"
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        detail = (str(error).splitlines() or [""])[0]
+        return f"out of memory: try a smaller --batch-size, or smaller windows. {detail}".rstrip()
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    text = str(error) or type(error).__name__
+    if "Original Traceback" in text:  # an error of a DataLoader's worker carries its traceback
+        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
+    return text
+
+
+def _reported(command: Callable) -> Callable:
+    """Turn expected errors into one line and exit status 1, unless `--debug` is given."""
+
+    @functools.wraps(command)
+    def run(*args, **options):
+        try:
+            return command(*args, **options)
+        except Exception as error:
+            if options.get("debug") or not _is_expected(error):
+                raise
+            typer.echo(f"error: {_message(error)}", err=True)
+            raise typer.Exit(1) from error
+
+    return run
+
+
+def _usage(option: str, text: str) -> typer.BadParameter:
+    return typer.BadParameter(text, param_hint=option)
+
+
+# --- Reading options -----------------------------------------------------------------------------
+
+
+def _numbers(option: str, text: str, kind: type, expected: str) -> list:
+    """Numbers apart by commas, blanks or an x."""
+    parts = text.lower().replace(",", " ").replace("x", " ").split()
+    try:
+        return [kind(part) for part in parts]
+    except ValueError:
+        raise _usage(option, f"expected {expected}, got {text!r}") from None
+
+
+def _size(option: str, text: str | None) -> tuple[int, int] | None:
+    """Read (H, W) from "144,176", "144x176" or "512"."""
+    if text is None:
+        return None
+    expected = "one number or H,W in pixels, such as 512 or 144,176"
+    values = _numbers(option, text, int, expected)
+    if len(values) not in (1, 2) or min(values) < 1:
+        raise _usage(option, f"expected {expected}, got {text!r}")
+    return (values[0], values[-1])
+
+
+def _pair(option: str, text: str) -> tuple[float, float]:
+    values = _numbers(option, text, float, "two numbers LOW,HIGH")
+    if len(values) != 2:
+        raise _usage(option, f"expected two numbers LOW,HIGH, got {text!r}")
+    return (values[0], values[1])
+
+
+def _pixels_or(option: str, word: str, text: str | None) -> int | str | None:
+    """A positive number of pixels, `word`, or None when the option was not given."""
+    if text is None or text == word:
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise _usage(option, f"expected a number of pixels or '{word}', got {text!r}")
+    return int(text)
+
+
+def _protocol(
+    window_size: str | None,
+    window_stride: int | None,
+    short_side: str | None,
+    scales: str,
+    flip: bool,
+    batch_size: int,
+) -> dict[str, Any]:
+    """The options of `segmenter_fast.predict` from those of the command line."""
+    factors = _numbers("--scales", scales, float, "numbers such as 0.5,1.0")
+    if not factors or not all(0 < factor < float("inf") for factor in factors):
+        raise _usage("--scales", f"expected positive numbers such as 0.5,1.0, got {scales!r}")
+    return {
+        "window_size": _pixels_or("--window-size", "whole", window_size),
+        "window_stride": window_stride,
+        "short_side": _pixels_or("--short-side", "original", short_side),
+        "scales": tuple(factors),
+        "flip": flip,
+        "batch_size": batch_size,
+    }
+
+
+def _prepare(device: str, backend: Backend, threads: int | None):
+    """The torch device, after a check that it is there and that the backend takes it."""
+    import torch
+
+    from segmenter_fast.backend import resolve_backend
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
+        raise _usage("--device", f"expected auto, cpu, cuda, cuda:N or mps, got {device!r}")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        if (chosen.index or 0) >= count:
+            raise ValueError(
+                f"no device {device!r}: PyTorch {torch.__version__} sees {count} CUDA devices; "
+                "'segmenter-fast info' lists them"
+            )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("no device 'mps': PyTorch does not see an Apple GPU here")
+    resolve_backend(backend.value, chosen)
+    return chosen
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+# --- segmenter-fast ------------------------------------------------------------------------------
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(version("segmenter_fast"))
+        except PackageNotFoundError:
+            typer.echo("unknown: not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Semantic segmentation with transformers: pictures in, label maps out.
+
+    \b
+    segmenter-fast demo                                    see it work
+    segmenter-fast predict photo.jpg -w street -o labels   label a picture
+    segmenter-fast zoo                                     the official models
+    segmenter-fast info                                    what runs here, and how
+
+    'segmenter-fast COMMAND --help' explains each of them.
+    """  # noqa: D301
+
+
+# --- info ----------------------------------------------------------------------------------------
+
+# What is computed, and the function of the compiled module that can do it.
+OPERATIONS = (
+    ("labels (upsample + argmax)", "upsample_argmax"),
+    ("confusion matrix", "upsample_argmax"),
+    ("probabilities", "upsample_probabilities"),
+    ("cross-entropy", "upsample_cross_entropy"),
+    ("windows, scales and flips", "window_labels"),
+    ("attention", "attention"),
+    ("mask product", "mask_product"),
+)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version_of(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _information() -> dict[str, Any]:
+    """Everything that `info` shows, as JSON can hold it."""
+    import torch
+
+    from segmenter_fast.backend import BackendError, native_module, resolve_backend
+    from segmenter_fast.checkpoint import list_bundled
+
+    try:
+        native = native_module()
+        compiled = dict(native.build_info())
+        compiled["simd_level"] = native.simd_level()
+        problem = None
+    except BackendError as error:
+        native, compiled, problem = None, None, str(error)
+
+    def auto(device: str) -> str:
+        return resolve_backend("auto", device)
+
+    devices = [
+        {
+            "device": "cpu",
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "auto": auto("cpu"),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "auto": auto("cuda"),
+            }
+        )
+    if torch.backends.mps.is_available():
+        devices.append({"device": "mps", "name": "Apple GPU", "auto": auto("mps")})
+
+    def triton() -> str:
+        try:
+            return f"runs as {resolve_backend('triton', 'cuda')}"
+        except BackendError as error:
+            return str(error)
+
+    kernel = f"compiled, {compiled['simd_level']}" if compiled else "not compiled"
+    return {
+        "versions": {
+            "segmenter_fast": _version_of("segmenter_fast"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "triton": _version_of("triton"),
+            "numpy": _version_of("numpy"),
+        },
+        "compiled": compiled,
+        "compiled_problem": problem,
+        "devices": devices,
+        "operations": {
+            name: kernel if native is None or hasattr(native, function) else "PyTorch"
+            for name, function in OPERATIONS
+        },
+        "triton_backend": triton(),
+        "bundled_weights": list_bundled(),
+    }
+
+
+@app.command()
+@_reported
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show versions, what is compiled in, devices, and the backend that 'auto' takes for each."""
+    facts = _information()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+
+    def table(title: str, *headings: str) -> Table:
+        made = Table(title=title, title_justify="left", show_header=bool(headings))
+        for heading in headings or ("", ""):
+            made.add_column(heading, overflow="fold")
+        return made
+
+    versions = table("versions")
+    for name, value in facts["versions"].items():
+        versions.add_row(name, value or "none")
+    console.print(versions)
+
+    build = table("compiled module segmenter_fast._C")
+    if facts["compiled"] is None:
+        build.add_row("missing", escape(facts["compiled_problem"]))
+    else:
+        for name, value in facts["compiled"].items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            build.add_row(name.replace("_", " "), shown)
+    console.print(build)
+
+    devices = table("devices", "device", "name", "what", "backend 'auto'")
+    for row in facts["devices"]:
+        if row["device"] == "cpu":
+            what = f"{row['cores']} cores, PyTorch uses {row['threads']} threads"
+        elif "memory_gib" in row:
+            what = f"compute capability {row['capability']}, {row['memory_gib']} GiB"
+        else:
+            what = ""
+        devices.add_row(row["device"], escape(row["name"]), what, row["auto"])
+    console.print(devices)
+
+    operations = table("backend 'native' (CPU)", "operation", "runs as")
+    for name, state in facts["operations"].items():
+        operations.add_row(name, state)
+    console.print(operations)
+    console.print(escape(facts["triton_backend"]), soft_wrap=True, highlight=False)
+    bundled = ", ".join(facts["bundled_weights"]) or "none"
+    console.print(
+        f"bundled weights: {bundled}; official models: segmenter-fast zoo", soft_wrap=True
+    )
+
+
+# --- predict -------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One picture and the files that come of it."""
+
+    source: Path
+    labels: Path
+    overlay: Path | None
+
+    @property
+    def outputs(self) -> list[Path]:
+        """The files to write."""
+        return [path for path in (self.labels, self.overlay) if path is not None]
+
+
+def _pictures_in(folder: Path, recursive: bool, output: Path) -> list[tuple[Path, Path]]:
+    """Pictures of a folder, each with the sub-folder that it lies in; earlier results left out."""
+    from segmenter_fast.images import IMAGE_SUFFIXES
+
+    entries = sorted(folder.rglob("*") if recursive else folder.iterdir())
+    output = output.resolve()
+    inside = recursive and output != folder.resolve()
+    found = [
+        (path, path.parent.relative_to(folder))
+        for path in entries
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+        and not (inside and output in path.resolve().parents)
+    ]
+    if not found:
+        kinds = ", ".join(IMAGE_SUFFIXES)
+        deeper = "" if recursive else "; --recursive looks into sub-folders"
+        raise FileNotFoundError(f"no pictures ({kinds}) in the folder {folder}{deeper}")
+    return found
+
+
+def _jobs(
+    inputs: Sequence[Path], output: Path, recursive: bool, suffix: str, overlay: bool
+) -> list[Job]:
+    """What to read and write; raises ValueError when two pictures would share a file."""
+    pictures: dict[Path, tuple[Path, Path]] = {}
+    for given in inputs:
+        found = _pictures_in(given, recursive, output) if given.is_dir() else [(given, Path())]
+        for path, folder in found:
+            pictures.setdefault(path.resolve(), (path, folder))
+    jobs = []
+    for path, folder in pictures.values():
+        stem = output / folder / f"{path.stem}{suffix}"
+        jobs.append(
+            Job(
+                path,
+                stem.with_name(stem.name + LABELS_SUFFIX),
+                stem.with_name(stem.name + OVERLAY_SUFFIX) if overlay else None,
+            )
+        )
+    owner: dict[Path, Path] = {}
+    for job in jobs:
+        for path in job.outputs:
+            other = owner.setdefault(path, job.source)
+            if other != job.source:
+                raise ValueError(
+                    f"{other} and {job.source} would both be written to {path}: rename one, or "
+                    "label them into different folders"
+                )
+            if path.resolve() in pictures:
+                raise ValueError(
+                    f"{path} is an input and would be overwritten: choose another --output, or a "
+                    "--suffix such as _labels"
+                )
+    return jobs
+
+
+def _some(paths: Iterable[Path], most: int = 5) -> str:
+    paths = list(paths)
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(map(str, paths[:most])) + more
+
+
+@app.command()
+@_reported
+def predict(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE|FOLDER...", help="Pictures, or folders of them.")
+    ],
+    weights: WeightsOption,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder to write to; made if need be."),
+    ],
+    window_size: WindowSizeOption = None,
+    window_stride: WindowStrideOption = None,
+    scales: ScalesOption = "1.0",
+    flip: FlipOption = False,
+    short_side: ShortSideOption = None,
+    batch_size: WindowBatchOption = 4,
+    overlay: Annotated[
+        bool, typer.Option("--overlay/--no-overlay", help="Write NAME.overlay.png, too.")
+    ] = True,
+    alpha: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Strength of the overlay's colours; 0 is the picture."),
+    ] = 0.5,
+    suffix: Annotated[
+        str, typer.Option(help="Put behind the picture's name: '_seg' writes NAME_seg.png.")
+    ] = "",
+    recursive: Annotated[
+        bool,
+        typer.Option("--recursive", "-r", help="Look into sub-folders; DIR gets the same ones."),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace label maps and overlays in DIR.")
+    ] = False,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Label every pixel of pictures.
+
+    For each picture NAME.* two files are written: DIR/NAME.png, an indexed PNG
+    of the picture's size whose pixel values are class numbers, and
+    DIR/NAME.overlay.png, the classes in colour over the picture with a legend.
+    What cannot be read is named and skipped; the exit status is then 1.
+
+    \b
+    segmenter-fast predict photo.jpg --weights street --output labels
+    segmenter-fast predict photos -w Seg-B-Mask/16 -o out --scales 0.75,1 --flip
+    """  # noqa: D301
+    protocol = _protocol(window_size, window_stride, short_side, scales, flip, batch_size)
+    if os.sep in suffix or "/" in suffix:
+        raise _usage("--suffix", f"expected part of a file name, got {suffix!r}")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"--output {output} is a file, not a folder")
+    jobs = _jobs(inputs, output, recursive, suffix, overlay)
+    if not any(job.source.exists() for job in jobs):
+        raise FileNotFoundError(f"no such file or folder: {_some(job.source for job in jobs)}")
+    existing = [path for job in jobs for path in job.outputs if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(f"{_some(existing)}: exists already; --overwrite replaces it")
+
+    chosen = _prepare(device, backend, threads)
+    for folder in {job.labels.parent for job in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from segmenter_fast import predict as predict_labels
+    from segmenter_fast.images import load_image
+    from segmenter_fast.model import SegmenterModel
+    from segmenter_fast.visualize import default_palette, save_image, save_label_png
+    from segmenter_fast.visualize import overlay as draw_overlay
+
+    model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
+    config = model.config
+    palette = config.palette or default_palette(config.n_cls)
+
+    started, model_seconds, skipped = time.perf_counter(), 0.0, 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("predict", total=len(jobs))
+        for job in jobs:
+            try:
+                image = load_image(job.source)
+                before = time.perf_counter()
+                # Copied to the host before the clock is read: a GPU answers later.
+                labels = predict_labels(model, image, **protocol).cpu()
+                model_seconds += time.perf_counter() - before
+            except (ValueError, FileNotFoundError) as error:
+                if debug:
+                    raise
+                text = str(error)
+                text = text if str(job.source) in text else f"{job.source}: {text}"
+                progress.console.print(
+                    f"skipped: {text}", markup=False, highlight=False, soft_wrap=True
+                )
+                skipped += 1
+            else:
+                save_label_png(job.labels, labels, palette)
+                if job.overlay is not None:
+                    picture = draw_overlay(image, labels, palette, alpha, config.class_names)
+                    save_image(job.overlay, picture)
+            progress.advance(task)
+
+    done, seconds = len(jobs) - skipped, time.perf_counter() - started
+    if done:
+        typer.echo(
+            f"{done} image{'s' * (done != 1)} in {seconds:.1f} s: {done / seconds:.2f} images/s "
+            f"with files, {done / model_seconds:.2f} images/s for the model; written to {output}"
+        )
+    if skipped:
+        typer.echo(f"error: {skipped} of {len(jobs)} pictures skipped", err=True)
+        raise typer.Exit(1)
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+class Classes(NamedTuple):
+    """Names of the classes, and their colours where they are known."""
+
+    names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...] | None = None
+
+
+def _read_classes(source: str) -> Classes:
+    """Classes from a text file, a JSON file or the name of a known data set."""
+    from segmenter_fast.checkpoint import CLASSES
+
+    known = {path.stem: path for path in CLASSES.glob("*.json")}
+    path = known.get(source, Path(source))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"--class-names: no file {source!r}, and not one of {', '.join(sorted(known))}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: class names must be UTF-8 text ({error})") from error
+    if path.suffix == ".json":
+        try:
+            names, colours = zip(*json.loads(text), strict=True)
+            palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: expected [[name, [r, g, b]], ...] ({error})") from error
+        return Classes(tuple(map(str, names)), palette)
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise ValueError(f"{path}: no class names; one per line is expected")
+    return Classes(names)
+
+
+class Data(NamedTuple):
+    """What the data options say; `split` makes a dataset of it."""
+
+    kind: DatasetKind
+    root: Path | None
+    class_names: str | None
+    num_classes: int | None
+    ignore_index: int
+    scene_size: tuple[int, int] | None
+    data_seed: int
+
+    def check(self) -> None:
+        """Raise a usage error for options that do not go together."""
+        if self.kind != DatasetKind.scenes and self.root is None:
+            raise _usage("--root", f"--dataset {self.kind.value} needs the folder of the data")
+
+    def classes(self, known: Classes | None) -> Classes:
+        """Classes of a folder: as told, from ROOT/classes.txt, or those of the weights."""
+        if self.class_names is not None:
+            found = _read_classes(self.class_names)
+        elif (self.root / "classes.txt").is_file():
+            found = _read_classes(str(self.root / "classes.txt"))
+        elif self.num_classes is not None:
+            found = Classes(_numbered(self.num_classes))
+        elif known is not None:
+            found = known
+        else:
+            raise ValueError(
+                f"the classes of {self.root} are not known: write their names to "
+                f"{self.root / 'classes.txt'}, one per line, or give --class-names or --num-classes"
+            )
+        if self.num_classes is not None and self.num_classes != len(found.names):
+            raise ValueError(
+                f"--num-classes is {self.num_classes} but there are {len(found.names)} class names"
+            )
+        return found
+
+    def split(self, split: str, count: int, crop: tuple[int, int], known: Classes | None = None):
+        """The dataset of a split; `count` and `crop` are of scenes, `known` of the weights."""
+        from segmenter_fast.data import CamVid, FolderDataset, Scenes
+
+        if self.kind == DatasetKind.scenes:
+            return Scenes(count, self.scene_size or crop, self.data_seed, split=split)
+        if self.kind == DatasetKind.camvid:
+            return CamVid(self.root, split)
+        classes = self.classes(known)
+        return FolderDataset(
+            self.root / "images" / split,
+            self.root / "annotations" / split,
+            classes.names,
+            classes.palette,
+            self.ignore_index,
+        )
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(str(number) for number in range(count))
+
+
+def _classes_of(config) -> Classes:
+    """What weights know, by number where they have no names."""
+    return Classes(config.class_names or _numbered(config.n_cls), config.palette)
+
+
+def _in_memory(dataset, wanted: bool | None, samples: int):
+    """Keep the decoded dataset if it is read more than once and fits, or as `wanted` says."""
+    from segmenter_fast.data import InMemory
+
+    if wanted is None and samples > len(dataset) > 0:
+        size = sum(tensor.nbytes for tensor in dataset[0])
+        wanted = size * len(dataset) <= MEMORY_LIMIT
+    return InMemory(dataset) if wanted else dataset
+
+
+# --- train ---------------------------------------------------------------------------------------
+
+
+def _read_recipe(ctx: typer.Context, name: str | None) -> str | None:
+    """Make the options in a YAML file the defaults of this call."""
+    if name is None:
+        return None
+    import yaml
+
+    path = Path(name)
+    if not path.is_file():
+        path = PACKAGE / "weights" / name / "recipe.yaml"
+        if not path.is_file():
+            raise typer.BadParameter(f"no file {name!r}, and no bundled weights with such a recipe")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path}: expected lines 'option: value'")
+    known = {option.name for option in ctx.command.params} - {"config", "debug", "help", "resume"}
+    recipe = {str(key).replace("-", "_"): value for key, value in values.items()}
+    unknown = sorted(recipe.keys() - known)
+    if unknown:
+        raise typer.BadParameter(f"{path}: unknown options {', '.join(unknown)}")
+    ctx.default_map = {
+        key: ",".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in recipe.items()
+        if value is not None
+    }
+    return name
+
+
+def _recipe_text(params: dict[str, Any]) -> str:
+    """The options of this call as `--config` reads them."""
+    import yaml
+
+    left_out = {"config", "debug", "resume", "output", "threads", "device"}
+    recipe = {
+        name: value if isinstance(value, bool | int | float) else str(value)
+        for name, value in params.items()
+        if value is not None and name not in left_out
+    }
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def _check_recipe(output: Path, params: dict[str, Any]) -> None:
+    """Raise ValueError if a run is resumed on other data or as another model.
+
+    The trainer compares the options that are its own.
+    """
+    import dataclasses
+
+    import yaml
+
+    from segmenter_fast.train import TrainOptions
+
+    path = output / "recipe.yaml"
+    if not path.is_file():
+        return
+    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    now = yaml.safe_load(_recipe_text(params))
+    ours = {field.name for field in dataclasses.fields(TrainOptions)}
+    # These may change: where the data lie now, and how they are read.
+    ours |= {"root", "in_memory", "backend", "epochs"}
+    changed = [
+        f"{name}: {before.get(name)} then, {now.get(name)} now"
+        for name in sorted((before.keys() | now.keys()) - ours)
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"the run in {output} was started with other options ({'; '.join(changed)})"
+        )
+
+
+def _run_length(ctx: typer.Context, steps: int | None, epochs: float | None) -> tuple:
+    """(steps, epochs), one of them None; the command line's wins over a recipe's."""
+    if steps is not None and epochs is not None:
+        typed = [
+            name
+            for name in ("steps", "epochs")
+            if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        ]
+        if len(typed) != 1:
+            raise _usage("--steps", "give --steps or --epochs, not both")
+        return (steps, None) if typed == ["steps"] else (None, epochs)
+    return steps, epochs
+
+
+def _starting_model(
+    variant: str | None, init: str | None, num_classes: int, changes: dict[str, Any], backend: str
+):
+    """A fresh model, or one that starts from weights at another crop size and set of classes."""
+    from segmenter_fast.encoder import resize_pos_embed
+    from segmenter_fast.model import SegmenterModel
+    from segmenter_fast.variants import create_model, create_model_from_config
+
+    image_size = changes.pop("image_size")
+    if init is None:
+        return create_model(variant, num_classes, image_size or 512, backend=backend, **changes)
+    loaded = SegmenterModel.from_pretrained(init, num_classes=num_classes)
+    if variant is not None and variant != loaded.config.variant:
+        raise ValueError(
+            f"--init {init} is a {loaded.config.variant}, not the {variant} of --model: leave "
+            "--model out"
+        )
+    if image_size is not None and image_size != loaded.config.image_size:
+        window = {"window_size": min(image_size), "window_stride": min(image_size)}
+        changes = window | changes | {"image_size": image_size}
+    config = loaded.config.replace(**changes)
+    model = create_model_from_config(config, backend=backend)
+    weights = loaded.state_dict()
+    if config.grid_size != loaded.config.grid_size:
+        weights["encoder.pos_embed"] = resize_pos_embed(
+            weights["encoder.pos_embed"],
+            loaded.config.grid_size,
+            config.grid_size,
+            model.encoder.num_extra_tokens,
+        )
+    model.load_state_dict(weights)
+    return model
+
+
+# Options of one group in the help.
+_data = functools.partial(typer.Option, rich_help_panel="Data")
+_network = functools.partial(typer.Option, rich_help_panel="Model")
+_learning = functools.partial(typer.Option, rich_help_panel="Optimisation")
+
+
+@app.command()
+@_reported
+def train(
+    ctx: typer.Context,
+    dataset: Annotated[
+        DatasetKind,
+        _data(
+            help="'folder' is any data laid out as ROOT/images/{train,val} and "
+            "ROOT/annotations/{train,val}, label maps as one-channel PNG; 'camvid' the same with "
+            "CamVid's 11 classes; 'scenes' is drawn on the fly."
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Folder for best/, last/, log.jsonl, recipe.yaml."
+        ),
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            callback=_read_recipe,
+            is_eager=True,
+            help="YAML file of these options ('lr: 0.001'), or bundled weights whose recipe to "
+            "take. The command line wins over it.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run in DIR with the same options.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        _network(
+            metavar="VARIANT",
+            help="Such as Seg-T-Mask/16: size N, T, S, B or L; Mask or not; patch 8, 16 or 32.",
+        ),
+    ] = None,
+    init: Annotated[
+        str | None,
+        _network(
+            metavar="NAME|PATH", help="Weights to start from, instead of --model and random ones."
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None,
+        _network(
+            metavar="H,W",
+            help="Training crop in pixels, multiples of the patch size. 512 or --init's unless "
+            "given.",
+        ),
+    ] = None,
+    drop_path: Annotated[
+        float | None,
+        _network(
+            min=0.0, max=1.0, help="Stochastic depth of the encoder. 0.1 or --init's unless given."
+        ),
+    ] = None,
+    decoder_dropout: Annotated[
+        float | None,
+        _network(
+            min=0.0, max=1.0, help="Dropout of the mask transformer. 0.1 or --init's unless given."
+        ),
+    ] = None,
+    window_size: Annotated[
+        str | None,
+        _network(
+            metavar="PIXELS|whole",
+            help="Window of prediction, kept with the weights. The crop's short side unless given.",
+        ),
+    ] = None,
+    window_stride: Annotated[
+        int | None,
+        _network(min=1, metavar="PIXELS", help="Step of that window. Its size unless given."),
+    ] = None,
+    short_side: Annotated[
+        str | None,
+        _network(
+            metavar="PIXELS|original",
+            help="Prediction resizes an image's shorter side to this; kept with the weights. "
+            "'original' unless given.",
+        ),
+    ] = None,
+    root: Annotated[Path | None, _data(help="Folder of the data. Not needed for scenes.")] = None,
+    class_names: Annotated[
+        str | None,
+        _data(
+            metavar="FILE|DATASET",
+            help="For 'folder': a text file with one class name per line, a JSON list of "
+            "(name, (r, g, b)), or ade20k, cityscapes, pascal_context. ROOT/classes.txt unless "
+            "given.",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, _data(min=1, help="For 'folder' without class names: the number of classes.")
+    ] = None,
+    ignore_index: Annotated[
+        int, _data(min=0, max=255, help="For 'folder': label of pixels without a class.")
+    ] = 255,
+    count: Annotated[int, _data(min=1, help="For 'scenes': to train on.")] = 2000,
+    val_count: Annotated[int, _data(min=1, help="For 'scenes': to validate on.")] = 100,
+    scene_size: Annotated[
+        str | None,
+        _data(metavar="H,W", help="For 'scenes': pixels. The training crop's unless given."),
+    ] = None,
+    data_seed: Annotated[int, _data(min=0, help="For 'scenes': which ones.")] = 0,
+    in_memory: Annotated[
+        bool | None,
+        _data(
+            "--in-memory/--from-disk",
+            help="Decode the data once and keep it. Up to 1 GiB unless given.",
+        ),
+    ] = None,
+    workers: Annotated[int, _data(min=0, help="Processes that decode and augment; 0 is none.")] = 0,
+    scale: Annotated[
+        str, _data(metavar="LOW,HIGH", help="Random zoom of training images before the crop.")
+    ] = "0.5,2.0",
+    jitter: Annotated[
+        float, _data(min=0.0, help="Strength of random colour changes; 0 is none.")
+    ] = 1.0,
+    steps: Annotated[
+        int | None, _learning(min=1, help="Optimiser steps. 10000 unless given.")
+    ] = None,
+    epochs: Annotated[
+        float | None, _learning(min=0.0, help="Passes over the data, instead of --steps.")
+    ] = None,
+    batch_size: Annotated[int, _learning(min=1, help="Crops per step.")] = 8,
+    optimizer: Annotated[Optimizer, _learning(help="SGD with momentum, or AdamW.")] = Optimizer.sgd,
+    lr: Annotated[float, _learning(help="Learning rate after the warm-up.")] = 1e-3,
+    min_lr: Annotated[float, _learning(help="Learning rate at the end.")] = 1e-5,
+    warmup: Annotated[int, _learning(min=0, help="Steps of warm-up.")] = 0,
+    weight_decay: Annotated[
+        float, _learning(min=0.0, help="Of weights, not of biases and norms.")
+    ] = 0.0,
+    clip: Annotated[float, _learning(min=0.0, help="Largest gradient norm; 0 is no limit.")] = 0.0,
+    class_weights: Annotated[
+        float,
+        _learning(
+            min=0.0,
+            max=1.0,
+            help="Weigh a class by (share of pixels)^-P; 0 is none, 0.5 suits rare classes.",
+        ),
+    ] = 0.0,
+    label_smoothing: Annotated[float, _learning(min=0.0, max=1.0, help="Of the loss.")] = 0.0,
+    ema: Annotated[
+        float,
+        _learning(
+            help="Decay of the averaged weights that are kept, such as 0.998; 0 does not average."
+        ),
+    ] = 0.0,
+    amp: Annotated[bool, _learning("--amp/--no-amp", help="bfloat16 arithmetic.")] = False,
+    seed: Annotated[int, _learning(min=0, help="Of initialisation, order and augmentation.")] = 0,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between validations, each of which saves.")
+    ] = 500,
+    val_limit: Annotated[
+        int, typer.Option(min=0, help="Validate on so many images at most; 0 is all.")
+    ] = 0,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Train a model, and keep the weights that do best on the validation split.
+
+    The defaults are the paper's recipe for ADE20K except for the number of steps.
+    DIR/best and DIR/last are folders for --weights; DIR/log.jsonl has a line per
+    validation; DIR/recipe.yaml holds the options.
+
+    \b
+    segmenter-fast train --model Seg-T-Mask/16 --dataset folder --root data \\
+        --image-size 256 --epochs 50 --output runs/mine
+    segmenter-fast train --config runs/mine/recipe.yaml -o runs/mine --resume
+    """  # noqa: D301
+    data = Data(
+        dataset,
+        root,
+        class_names,
+        num_classes,
+        ignore_index,
+        _size("--scene-size", scene_size),
+        data_seed,
+    )
+    data.check()
+    if model is None and init is None:
+        raise _usage("--model", "give a --model such as Seg-T-Mask/16, or weights to --init from")
+    steps, epochs = _run_length(ctx, steps, epochs)
+    crop = _size("--image-size", image_size)
+    zoom = _pair("--scale", scale)
+    window = _pixels_or("--window-size", "whole", window_size)
+    shorter = _pixels_or("--short-side", "original", short_side)
+    chosen = _prepare(device, backend, threads)
+
+    import math
+
+    import torch
+
+    from segmenter_fast.checkpoint import load_checkpoint
+    from segmenter_fast.train import TrainOptions
+    from segmenter_fast.train import train as run
+
+    known, scene = None, crop or (512, 512)
+    if init is not None:
+        start = load_checkpoint(init)[0]
+        known, scene = _classes_of(start), crop or start.image_size
+    train_set = data.split("train", count, scene, known)
+    val_set = data.split("val", val_count, scene, known)
+    if epochs is not None:
+        steps = max(1, math.ceil(len(train_set) * epochs / batch_size))
+    options = TrainOptions(
+        steps=steps or TrainOptions.steps,
+        batch_size=batch_size,
+        optimizer=optimizer.value,
+        lr=lr,
+        min_lr=min_lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        scale=zoom,
+        jitter=jitter,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        ema=ema,
+        amp=amp,
+        save_every=save_every,
+        val_limit=val_limit,
+        workers=workers,
+        seed=seed,
+    )
+    changes: dict[str, Any] = {
+        "image_size": crop,
+        "class_names": train_set.class_names,
+        "palette": train_set.palette,
+        "dataset": dataset.value if dataset != DatasetKind.folder else root.name or None,
+    }
+    if drop_path is not None:
+        changes["drop_path_rate"] = drop_path
+    if decoder_dropout is not None:
+        changes["decoder_dropout"] = decoder_dropout
+    if window == "whole":
+        changes |= {"window_size": None, "window_stride": None}
+    elif window is not None:
+        changes |= {"window_size": window, "window_stride": window_stride or window}
+    elif window_stride is not None:
+        raise _usage("--window-stride", "needs --window-size, too")
+    if shorter is not None:
+        changes["short_side"] = None if shorter == "original" else shorter
+
+    torch.manual_seed(seed)  # of the initialisation
+    network = _starting_model(model, init, train_set.num_classes, changes, backend.value).to(chosen)
+    train_set = _in_memory(train_set, in_memory, options.steps * batch_size)
+    val_set = _in_memory(val_set, in_memory, len(val_set) * (options.steps // save_every))
+    if resume:
+        _check_recipe(output, ctx.params)
+    elif not any((output / name).exists() for name in ("state.pt", "log.jsonl")):
+        output.mkdir(parents=True, exist_ok=True)
+        _write_text(output / "recipe.yaml", _recipe_text(ctx.params))
+    try:
+        result = run(network, train_set, val_set, output, options, resume=resume)
+    except KeyboardInterrupt:
+        saved = (output / "state.pt").exists()
+        text = (
+            f"the same command with --resume continues {output}" if saved else "nothing was saved"
+        )
+        typer.echo(f"\nstopped: {text}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    best = output / "best"
+    typer.echo(
+        f"best mIoU {_percent(result['best_miou'])} at step {result['best_step']} of "
+        f"{result['steps']}: {best}\n"
+        f"label pictures with it: segmenter-fast predict IMAGE --weights {best} --output labels"
+    )
+
+
+# --- evaluate ------------------------------------------------------------------------------------
+
+
+def _spread(dataset, limit: int | None):
+    """At most `limit` samples, evenly over the dataset."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    from torch.utils.data import Subset
+
+    return Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
+
+
+@app.command()
+@_reported
+def evaluate(
+    weights: WeightsOption,
+    dataset: Annotated[
+        DatasetKind,
+        typer.Option(help="'folder' reads ROOT/images/SPLIT and ROOT/annotations/SPLIT."),
+    ],
+    root: RootOption = None,
+    split: Annotated[str, typer.Option(help="Sub-folder, or 'train' or 'val' of scenes.")] = "val",
+    window_size: WindowSizeOption = None,
+    window_stride: WindowStrideOption = None,
+    scales: ScalesOption = "1.0",
+    flip: FlipOption = False,
+    short_side: ShortSideOption = None,
+    batch_size: WindowBatchOption = 4,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many images, evenly over the split.")
+    ] = None,
+    class_names: ClassNamesOption = None,
+    num_classes: NumClassesOption = None,
+    ignore_index: IgnoreIndexOption = 255,
+    count: Annotated[int, typer.Option(min=1, help="For 'scenes': how many.")] = 100,
+    scene_size: SceneSizeOption = None,
+    data_seed: DataSeedOption = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write it all as JSON, too; replaces FILE."),
+    ] = None,
+    backend: BackendOption = Backend.auto,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Measure weights on a dataset: mean IoU, pixel accuracy, IoU of each class.
+
+    Label maps are compared at their own size. The protocol (windows, scales,
+    resizing) is printed with the numbers, since they depend on it.
+
+    \b
+    segmenter-fast evaluate --weights street --dataset camvid --root camvid
+    segmenter-fast evaluate --weights scenes --dataset scenes --count 50
+    """  # noqa: D301
+    protocol = _protocol(window_size, window_stride, short_side, scales, flip, batch_size)
+    data = Data(
+        dataset,
+        root,
+        class_names,
+        num_classes,
+        ignore_index,
+        _size("--scene-size", scene_size),
+        data_seed,
+    )
+    data.check()
+    if json_file is not None and not json_file.parent.is_dir():
+        raise FileNotFoundError(f"--json: no such folder: {json_file.parent}")
+    chosen = _prepare(device, backend, threads)
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from segmenter_fast.evaluate import evaluate as measure
+    from segmenter_fast.model import SegmenterModel
+
+    model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
+    config = model.config
+    samples = data.split(split, count, config.image_size, _classes_of(config))
+    if samples.num_classes != config.n_cls:
+        raise ValueError(
+            f"weights {weights!r} know {config.n_cls} classes but the data have "
+            f"{samples.num_classes}: their label numbers do not mean the same"
+        )
+    chosen_samples = _spread(samples, limit)
+    result = measure(model, chosen_samples, ignore_index=samples.ignore_index, **protocol)
+
+    used = _effective_protocol(config, protocol)
+    names = list(samples.class_names)
+    table = Table(title="IoU of each class", title_justify="left")
+    table.add_column("class")
+    table.add_column("share of pixels", justify="right")
+    table.add_column("IoU", justify="right")
+    shares = (result["confusion"].sum(1).double() / result["confusion"].sum()).tolist()
+    for name, share, value in zip(names, shares, result["iou"], strict=True):
+        table.add_row(escape(name), _percent(share), _percent(value))
+    console = Console()
+    console.print(table)
+    where = f"{dataset.value}, split {split}, {result['images']} images"
+    console.print(
+        f"mIoU {_percent(result['miou'])}, pixel accuracy {_percent(result['pixel_accuracy'])}\n"
+        f"of {weights} on {where}\n"
+        f"protocol: {_protocol_text(used)}",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    if json_file is not None:
+        content = {
+            "weights": weights,
+            "dataset": dataset.value,
+            "root": None if root is None else str(root),
+            "split": split,
+            "images": result["images"],
+            "protocol": used,
+            "backend": backend.value,
+            "device": str(chosen),
+            "miou": result["miou"],
+            "pixel_accuracy": result["pixel_accuracy"],
+            "iou": dict(zip(names, result["iou"], strict=True)),
+            "confusion": result["confusion"].tolist(),
+        }
+        _write_text(json_file, json.dumps(content, indent=2) + "\n")
+        typer.echo(f"written to {json_file}")
+
+
+def _effective_protocol(config, protocol: dict[str, Any]) -> dict[str, Any]:
+    """The options after the weights' defaults are filled in."""
+    size, stride = protocol["window_size"], protocol["window_stride"]
+    if size is None:
+        size, stride = config.window_size, stride or config.window_stride
+    if size in (None, "whole"):
+        size, stride = "whole", None
+    return {
+        "window_size": size,
+        "window_stride": (stride or size) if stride or size != "whole" else None,
+        "scales": list(protocol["scales"]),
+        "flip": protocol["flip"],
+        "short_side": protocol["short_side"] or config.short_side or "original",
+    }
+
+
+def _protocol_text(used: dict[str, Any]) -> str:
+    whole = used["window_size"] == "whole"
+    return ", ".join(
+        (
+            "whole images"
+            if whole
+            else f"windows of {used['window_size']} pixels every {used['window_stride']}",
+            f"scales {' '.join(f'{scale:g}' for scale in used['scales'])}",
+            "with mirror images" if used["flip"] else "no mirror images",
+            "images at their own size"
+            if used["short_side"] == "original"
+            else f"shorter side {used['short_side']} pixels",
+        )
+    )
+
+
+# --- demo ----------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reported
+def demo(
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="Picture to write; it is replaced."),
+    ] = Path("segmenter_fast_demo.png"),
+    weights: WeightsOption = "scenes",
+    size: Annotated[str, typer.Option(metavar="H,W", help="Of the scenes, in pixels.")] = "384,512",
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other scenes.")] = 29,
+    scenes: Annotated[int, typer.Option(min=1, help="Scenes that the mIoU is taken over.")] = 24,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of timing, at most.")] = 7,
+    backend: BackendOption = Backend.auto,
+    threads: ThreadsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """See it work: a drawn scene with exactly known labels, predicted, measured and timed.
+
+    Needs no arguments and no downloads. Writes input, truth and prediction side
+    by side as one picture, prints the mIoU, and times the official algorithm
+    beside the fast path.
+    """
+    pixels = _size("--size", size)
+    _prepare("cpu", backend, threads)
+    from segmenter_fast.demo import run_demo
+
+    run_demo(
+        weights=weights,
+        size=pixels,
+        seed=seed,
+        output=output,
+        repeats=repeats,
+        backend=backend.value,
+        scenes=scenes,
+    )
+
+
+# --- zoo -----------------------------------------------------------------------------------------
+
+
+@zoo_app.callback(invoke_without_command=True)
+@_reported
+def zoo(
+    ctx: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """List the official models, with the mIoU their authors published.
+
+    \b
+    segmenter-fast zoo
+    segmenter-fast zoo download Seg-T-Mask/16
+    segmenter-fast predict photo.jpg --weights Seg-T-Mask/16 --output labels
+
+    A download is kept in SEGMENTER_FAST_CACHE, or else ~/.cache/segmenter_fast.
+    """  # noqa: D301
+    if ctx.invoked_subcommand is not None:
+        return
+    from segmenter_fast.zoo import FILES, ZOO, cache_folder
+
+    folder = cache_folder() / "zoo"
+    rows = [
+        {
+            "name": model.name,
+            "variant": model.variant,
+            "crop": model.resolution,
+            "miou": model.miou,
+            "miou_multiscale": model.miou_multiscale,
+            "downloaded": all((folder / model.name / file).is_file() for file in FILES),
+        }
+        for model in ZOO
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    # Without a frame it fits 80 columns.
+    table = Table(box=None)
+    table.add_column("name", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    for heading in ("crop", "mIoU", "scales", "here"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["variant"],
+            str(row["crop"]),
+            f"{row['miou']:.1f}",
+            f"{row['miou_multiscale']:.1f}",
+            "yes" if row["downloaded"] else "no",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "mIoU in percent, at one scale and at several. --weights takes a name; a model's alone is "
+        f"the first of its kind. Downloads are kept in {folder}.",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+
+
+@zoo_app.command()
+@_reported
+def download(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Such as Seg-T-Mask/16, cityscapes/seg_large_mask."),
+    ],
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Folder to keep it in, instead of SEGMENTER_FAST_CACHE.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Fetch again, and accept other files than the first.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds to wait for an answer, and for each piece.")
+    ] = 10.0,
+    debug: DebugOption = False,
+) -> None:
+    """Download an official model, or continue a download that was cut off."""
+    from segmenter_fast.zoo import download as fetch
+
+    folder = fetch(name, cache_dir, timeout=timeout, force=force)
+    typer.echo(f"{name}: {folder}")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; ends the process with its exit status.
+
+    Args:
+        args: words after the program's name; None takes those of this process.
+    """
+    app(args=None if args is None else list(args), prog_name="segmenter-fast")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

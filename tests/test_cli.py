@@ -1,0 +1,511 @@
+"""The command line as a user meets it: files that come out, exit statuses, and what errors say."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from segmenter_fast import SegmenterModel, create_model, predict
+from segmenter_fast import train as train_module
+from segmenter_fast import zoo as zoo_module
+from segmenter_fast.cli import app
+from segmenter_fast.data import Scenes
+from segmenter_fast.train import TrainOptions
+
+NAMES = ("grass", "roof [red]", "sky")
+PALETTE = ((10, 200, 30), (200, 20, 20), (90, 160, 250))
+SCENES = ["--dataset", "scenes", "--count", "6", "--val-count", "2"]
+TOY = ["--model", "Seg-N-Mask/16", *SCENES, "--image-size", "32,48", "--batch-size", "2"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with few threads and a wide screen."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("SEGMENTER_FAST_CACHE", str(tmp_path / "cache"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def weights(here):
+    """A random model of three classes, saved as weights/."""
+    torch.manual_seed(0)
+    model = create_model(
+        "Seg-N-Mask/16", 3, 32, class_names=NAMES, palette=PALETTE, n_layers=1, decoder_n_layers=1
+    )
+    model.save_pretrained("weights")
+    return "weights"
+
+
+def run(*words, status=0):
+    """Output of a command that must end with `status`."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == status, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+def picture(path, height=40, width=56, seed=0):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def write_folder_dataset(root, names=None):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for i in range(count):
+            picture(root / "images" / split / f"{i}.jpg", 32, 32, seed=i)
+            labels = rng.choice(np.array([0, 1, 2, 255], dtype=np.uint8), (32, 32))
+            (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(labels).save(root / "annotations" / split / f"{i}.png")
+    if names:
+        (root / "classes.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    return root
+
+
+# --- Help and errors -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["predict"], ["train"], ["zoo", "download"]])
+def test_help_does_not_load_torch(command):
+    """What makes `--help` quick: nothing heavy is imported for it."""
+    code = (
+        "import sys\n"
+        "from segmenter_fast.cli import main\n"
+        "try:\n"
+        f"    main({[*command, '--help']!r})\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["info", "predict", "train", "evaluate", "demo", "zoo"])
+def test_help_names_every_command_and_gives_examples(command):
+    assert command in run("--help")
+    text = run(command, "--help")
+    assert "Usage" in text and "--debug" in text
+    if command not in ("info", "demo"):  # these two need no arguments
+        assert f"segmenter-fast {command}" in text.split("Usage", 1)[1].split("\n", 1)[1]
+
+
+def test_train_offers_every_training_option():
+    """The command line repeats TrainOptions, which it cannot import before it runs."""
+    parameters = {p.name: p for p in typer.main.get_command(app).commands["train"].params}
+    for field in dataclasses.fields(TrainOptions):
+        default = parameters[field.name].default
+        default = default() if callable(default) else default
+        if field.name == "steps":
+            assert default is None and f"{field.default} unless" in parameters["steps"].help
+        elif field.name == "scale":
+            assert tuple(map(float, default.split(","))) == field.default
+        else:
+            assert default == field.default, field.name
+
+
+def test_usage_errors_end_with_2(weights):
+    picture("a.png")
+    for words in (
+        ["predict"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--scales", "1,big"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--scales", "0"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--window-size", "-3"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--short-side", "short"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--backend", "cuda"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--device", "toaster"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--suffix", "a/b"],
+        ["train", *SCENES, "-o", "run"],
+        ["train", *TOY, "-o", "run", "--image-size", "1,2,3"],
+        ["train", *TOY, "-o", "run", "--steps", 3, "--epochs", 1],
+        ["train", *TOY, "-o", "run", "--scale", "0.5"],
+        ["evaluate", "-w", weights, "--dataset", "camvid"],
+        ["nonsense"],
+    ):
+        run(*words, status=2)
+    assert not Path("out").exists() and not Path("run").exists()
+
+
+def test_expected_failures_are_one_line_and_debug_shows_the_traceback(weights):
+    picture("a.png")
+    for words, message in (
+        (["-w", "no/such/thing/", "a.png"], "error: no weights 'no/such/thing/'"),
+        (["-w", weights, "missing.png"], "error: no such file or folder: missing.png"),
+        (["-w", weights, "a.png", "--backend", "triton"], "error: backend 'triton' has no kernels"),
+        (["-w", weights, "a.png", "--device", "cuda:97"], "error: no device 'cuda:97'"),
+    ):
+        text = run("predict", *words, "-o", "out", status=1)
+        assert message in text and "Traceback" not in text
+    result = CliRunner().invoke(
+        app, ["predict", "missing.png", "-w", weights, "-o", "out", "--debug"]
+    )
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_a_bug_is_not_dressed_up_as_a_user_error(weights, monkeypatch):
+    def broken(*args, **options):
+        raise TypeError("a fault of the program")
+
+    monkeypatch.setattr("segmenter_fast.images.load_image", broken)
+    picture("a.png")
+    result = CliRunner().invoke(app, ["predict", "a.png", "-w", weights, "-o", "out"])
+    assert isinstance(result.exception, TypeError)
+
+
+def test_as_a_process(weights):
+    """The exit status and the two streams of a real process."""
+    words = [sys.executable, "-m", "segmenter_fast", "predict", "missing.png", "-w", weights]
+    done = subprocess.run([*words, "-o", "out"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: no such file or folder: missing.png\n"
+
+
+# --- info and zoo --------------------------------------------------------------------------------
+
+
+def test_info():
+    facts = json.loads(run("info", "--json"))
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["devices"][0]["device"] == "cpu" and facts["devices"][0]["auto"] == "native"
+    assert facts["compiled"]["simd_level"] in facts["compiled"]["simd_levels"]
+    assert facts["operations"]["labels (upsample + argmax)"].startswith("compiled")
+    assert facts["operations"]["probabilities"] == "PyTorch"
+    text = run("info")
+    for word in (torch.__version__, facts["compiled"]["simd_level"], "native", "triton"):
+        assert word in text
+
+
+def test_info_without_the_compiled_module(monkeypatch):
+    monkeypatch.setitem(sys.modules, "segmenter_fast._C", None)
+    monkeypatch.delattr("segmenter_fast._C", raising=False)
+    facts = json.loads(run("info", "--json"))
+    assert facts["compiled"] is None and "pip install" in facts["compiled_problem"]
+    assert set(facts["operations"].values()) == {"not compiled"}
+    assert "pip install" in run("info")
+
+
+def test_zoo_lists_what_is_there(here):
+    rows = json.loads(run("zoo", "--json"))
+    assert [row["name"] for row in rows] == zoo_module.list_zoo()
+    assert not any(row["downloaded"] for row in rows)
+    folder = here / "cache" / "zoo" / rows[0]["name"]
+    folder.mkdir(parents=True)
+    for file in zoo_module.FILES:
+        (folder / file).write_bytes(b"x")
+    assert json.loads(run("zoo", "--json"))[0]["downloaded"]
+    text = run("zoo")
+    assert "cityscapes/seg_large_mask" in text and "81.3" in text
+
+
+def test_zoo_download_fails_clearly(monkeypatch):
+    monkeypatch.setenv("SEGMENTER_FAST_ZOO_URL", "http://127.0.0.1:9")
+    text = run("zoo", "download", "Seg-T-Mask/16", "--timeout", 2, status=1)
+    assert text.splitlines()[-1].startswith("error: cannot download http://127.0.0.1:9/")
+    assert "no model 'Seg-Z'" in run("zoo", "download", "Seg-Z", status=1)
+
+
+# --- predict -------------------------------------------------------------------------------------
+
+
+def test_predict_writes_label_map_and_overlay(weights):
+    source = picture("photos/in put.jpg")
+    text = run("predict", source, "-w", weights, "-o", "deep/out")
+    assert "1 image in" in text and "images/s" in text
+    assert sorted(os.listdir("deep/out")) == ["in put.overlay.png", "in put.png"]
+    with Image.open("deep/out/in put.png") as labels:
+        assert labels.mode == "P" and labels.size == (56, 40)
+        assert labels.getpalette()[:9] == [value for colour in PALETTE for value in colour]
+        model = SegmenterModel.from_pretrained(weights)
+        np.testing.assert_array_equal(np.asarray(labels), predict(model, source).numpy())
+    with Image.open("deep/out/in put.overlay.png") as overlay:
+        assert overlay.mode == "RGB"
+        assert overlay.width >= 56 and overlay.height >= 40
+        assert overlay.size != (56, 40)  # the legend stands outside of the picture
+
+
+def test_predict_options_reach_the_prediction(weights):
+    source = picture("a.png", 48, 80)
+    options = {
+        "window_size": 32,
+        "window_stride": 16,
+        "scales": (0.5, 1.0),
+        "flip": True,
+        "short_side": 40,
+    }
+    words = "--window-size 32 --window-stride 16 --scales 0.5,1.0 --flip --short-side 40".split()
+    model = SegmenterModel.from_pretrained(weights)
+    run("predict", source, "-w", weights, "-o", "out", *words, "--no-overlay", "--suffix", "_x")
+    assert os.listdir("out") == ["a_x.png"]
+    with Image.open("out/a_x.png") as labels:
+        expected = predict(model, source, **options).numpy()
+        np.testing.assert_array_equal(np.asarray(labels), expected)
+    run("predict", source, "-w", weights, "-o", "whole", "--window-size", "whole")
+    with Image.open("whole/a.png") as labels:
+        expected = predict(model, source, window_size="whole").numpy()
+        np.testing.assert_array_equal(np.asarray(labels), expected)
+
+
+def test_predict_turns_photographs_upright(weights):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by a quarter turn
+    Image.new("RGB", (60, 40)).save("phone.jpg", exif=exif)
+    run("predict", "phone.jpg", "-w", weights, "-o", "out")
+    with Image.open("out/phone.png") as labels:
+        assert labels.size == (40, 60)
+
+
+def test_predict_skips_what_it_cannot_read(weights):
+    picture("photos/good.png")
+    Path("photos/broken.png").write_bytes(b"not a picture")
+    whole = picture("photos/cut.jpg").read_bytes()
+    Path("photos/cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Path("photos/notes.txt").write_text("no picture, no complaint")
+    text = run("predict", "photos", "gone.png", "-w", weights, "-o", "out", status=1)
+    assert sorted(os.listdir("out")) == ["good.overlay.png", "good.png"]
+    for name in ("broken.png", "cut.jpg", "gone.png"):
+        assert sum(name in line for line in text.splitlines()) == 1, text
+    assert "notes.txt" not in text
+    assert "1 image in" in text and "error: 3 of 4 pictures skipped" in text
+
+
+def test_predict_never_overwrites_unless_told(weights):
+    picture("a.png")
+    picture("b.png")
+    Path("out").mkdir()
+    Path("out/b.overlay.png").write_bytes(b"mine")
+    text = run("predict", "a.png", "b.png", "-w", weights, "-o", "out", status=1)
+    assert "out/b.overlay.png: exists already" in text and "a.png" not in text
+    assert os.listdir("out") == ["b.overlay.png"]  # refused before it began
+    assert Path("out/b.overlay.png").read_bytes() == b"mine"
+    run("predict", "a.png", "b.png", "-w", weights, "-o", "out", "--overwrite")
+    assert Path("out/b.overlay.png").read_bytes() != b"mine"
+    assert len(os.listdir("out")) == 4
+
+
+def test_predict_never_overwrites_an_input(weights):
+    before = picture("a.png").read_bytes()
+    text = run("predict", "a.png", "-w", weights, "-o", ".", "--overwrite", status=1)
+    assert "a.png is an input and would be overwritten" in text
+    assert Path("a.png").read_bytes() == before
+    run("predict", "a.png", "-w", weights, "-o", ".", "--suffix", "_labels")
+    assert Path("a_labels.png").exists() and Path("a.png").read_bytes() == before
+
+
+def test_predict_refuses_two_pictures_for_one_file(weights):
+    picture("x/a.png")
+    picture("y/a.jpg")
+    text = run("predict", "x/a.png", "y", "-w", weights, "-o", "out", status=1)
+    assert "x/a.png and y/a.jpg would both be written to out/a.png" in text
+    assert not Path("out").exists()
+    picture("z/b.png")
+    picture("z/b.overlay.png")
+    text = run("predict", "z", "-w", weights, "-o", "out", status=1)
+    assert "would both be written to out/b.overlay.png" in text
+    # The same file by two names is one picture.
+    run("predict", "x", "x/../x/a.png", "-w", weights, "-o", "out")
+    assert len(os.listdir("out")) == 2
+
+
+def test_predict_folders(weights):
+    picture("photos/a.png")
+    picture("photos/deep/a.png")
+    run("predict", "photos", "-w", weights, "-o", "flat", "--no-overlay")
+    assert os.listdir("flat") == ["a.png"]
+    run("predict", "photos", "-w", weights, "-o", "photos/out", "--no-overlay", "--recursive")
+    found = {str(path.relative_to("photos/out")) for path in Path("photos/out").rglob("*.png")}
+    assert found == {"a.png", "deep/a.png"}
+    # Results inside the folder are not taken for pictures the second time.
+    run("predict", "photos", "-w", weights, "-o", "photos/out", "--no-overlay", "-r", "--overwrite")
+    assert len(list(Path("photos/out").rglob("*.png"))) == 2
+    Path("empty/deep").mkdir(parents=True)
+    text = run("predict", "empty", "-w", weights, "-o", "out", status=1)
+    assert "error: no pictures" in text and "empty" in text
+    text = run("predict", "photos", "-w", weights, "-o", "photos/a.png", status=1)
+    assert "is a file, not a folder" in text
+
+
+def test_predict_names_a_failing_disk(weights, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device", "out/a.png")
+
+    monkeypatch.setattr("segmenter_fast.visualize.save_label_png", full)
+    picture("a.png")
+    picture("b.png")
+    text = run("predict", "a.png", "b.png", "-w", weights, "-o", "out", status=1)
+    assert "error: No space left on device: out/a.png" in text
+
+
+# --- train and evaluate --------------------------------------------------------------------------
+
+
+def test_train_interrupt_resume_evaluate_predict(monkeypatch):
+    """The life of a toy model."""
+    words = [
+        "train",
+        *TOY,
+        "--steps",
+        5,
+        "--save-every",
+        3,
+        "--output",
+        "run",
+        "--optimizer",
+        "adamw",
+    ]
+    real = train_module.poly_lr
+
+    def interrupted(step, options):
+        if step == 4:
+            raise KeyboardInterrupt
+        return real(step, options)
+
+    monkeypatch.setattr(train_module, "poly_lr", interrupted)
+    assert "the same command with --resume continues run" in run(*words, status=130)
+    monkeypatch.setattr(train_module, "poly_lr", real)
+
+    assert "run holds a run" in run(*words, status=1)
+    text = run(*words, "--resume", "--lr", 0.5, status=1)
+    assert "lr: 0.001 then, 0.5 now" in text
+    text = run(*words, "--resume", "--data-seed", 3, status=1)
+    assert "data_seed: 0 then, 3 now" in text
+    text = run(*words, "--resume")
+    assert "best mIoU" in text and "segmenter-fast predict IMAGE --weights run/best" in text
+    rows = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3, 5]
+
+    text = run(
+        "evaluate", "-w", "run/best", "--dataset", "scenes", "--count", 2, "--json", "result.json"
+    )
+    result = json.loads(Path("result.json").read_text())
+    assert result["miou"] == pytest.approx(max(row["miou"] for row in rows), abs=1e-9)
+    assert list(result["iou"]) == list(Scenes.class_names)
+    assert f"mIoU {100 * result['miou']:.2f} %" in text and "pole" in text
+    assert "windows of 32 pixels every 32, scales 1, no mirror images" in text
+    assert result["protocol"]["window_size"] == 32 and result["images"] == 2
+
+    picture("a.png")
+    run("predict", "a.png", "-w", "run/best", "-o", "out")
+    assert Path("out/a.overlay.png").exists()
+
+
+def test_train_again_from_its_recipe():
+    run("train", *TOY, "--steps", 2, "--output", "one", "--seed", 5, "--ema", 0.5)
+    recipe = yaml.safe_load(Path("one/recipe.yaml").read_text())
+    assert recipe["seed"] == 5 and recipe["model"] == "Seg-N-Mask/16" and "output" not in recipe
+    run("train", "--config", "one/recipe.yaml", "--output", "two")
+    one, two = (torch.load(f"{name}/state.pt", weights_only=True) for name in ("one", "two"))
+    assert one["options"] == two["options"]
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_command_line_wins_over_a_recipe():
+    Path("recipe.yaml").write_text(
+        "model: Seg-N/16\ndataset: scenes\ncount: 6\nval-count: 2\nimage-size: [32, 48]\n"
+        "scale: [0.5, 1]\nsteps: 50\nbatch-size: 2\nlr: 2e-3\nwindow-size: whole\namp: false\n"
+    )
+    run("train", "--config", "recipe.yaml", "-o", "run", "--epochs", "0.5", "--min-lr", "1e-4")
+    state = torch.load("run/state.pt", weights_only=True)
+    options = state["options"]
+    assert state["step"] == options["steps"] == 2  # half of six images, two at a time
+    assert (options["lr"], options["min_lr"], options["scale"]) == (2e-3, 1e-4, (0.5, 1.0))
+    config = SegmenterModel.from_pretrained("run/best").config
+    assert config.window_size is None and config.image_size == (32, 48)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("epoch: 3\n", "unknown options epoch"), ("- a\n", "expected lines"), ("a: [\n", "not YAML")],
+)
+def test_bad_recipes(content, message):
+    Path("recipe.yaml").write_text(content)
+    assert message in run("train", "--config", "recipe.yaml", "-o", "run", status=2)
+    assert "no file 'gone.yaml'" in run("train", "--config", "gone.yaml", "-o", "run", status=2)
+
+
+def test_train_on_a_folder_from_weights(weights):
+    """Fine-tuning: other classes, another crop, the class names kept with the weights."""
+    root = write_folder_dataset(Path("data"), names=("left", "right", "none"))
+    text = run(
+        "train", "--init", weights, "--dataset", "folder", "--root", root, "--image-size", "48,32",
+        "--steps", 1, "--batch-size", 2, "--output", "run", "--drop-path", 0.0, "--min-lr", 0,
+        "--lr", 0,
+    )  # fmt: skip
+    assert "run/best" in text
+    before, after = (SegmenterModel.from_pretrained(name) for name in (weights, "run/best"))
+    assert after.config.class_names == ("left", "right", "none")
+    assert after.config.image_size == (48, 32) and after.config.dataset == "data"
+    assert after.config.drop_path_rate == 0.0 and after.config.n_layers == 1
+    states = before.state_dict(), after.state_dict()
+    for name in states[0]:
+        if name != "encoder.pos_embed":  # resampled; the learning rate was 0
+            torch.testing.assert_close(states[1][name], states[0][name])
+    text = run("evaluate", "-w", "run/best", "--dataset", "folder", "--root", root, "--limit", 1)
+    assert "1 images" in text and "left" in text
+
+    text = run(
+        "train", "--init", weights, "--model", "Seg-B/16", "--dataset", "folder", "--root", root,
+        "-o", "other", status=1,
+    )  # fmt: skip
+    assert "not the Seg-B/16 of --model" in text
+
+
+def test_class_names_of_folders(weights):
+    root = write_folder_dataset(Path("data"))
+    words = ["--dataset", "folder", "--root", root]
+    toy = ["train", "--model", "Seg-N/16", *words, "--image-size", 32, "-o", "run", "--steps", 1]
+    text = run(*toy, status=1)
+    assert "the classes of data are not known" in text and "classes.txt" in text
+    assert "no file 'gone.txt'" in run(*toy, "--class-names", "gone.txt", status=1)
+    # Evaluation takes the names of the weights.
+    assert "roof [red]" in run("evaluate", "-w", weights, *words)
+    Path("four.json").write_text(
+        '[["a", [1, 2, 3]], ["b", [4, 5, 6]], ["c", [7, 8, 9]], ["d", [0, 0, 0]]]'
+    )
+    text = run("evaluate", "-w", weights, *words, "--class-names", "four.json", status=1)
+    assert "know 3 classes but the data have 4" in text
+    text = run(*toy, "--class-names", "four.json", "--num-classes", 3, status=1)
+    assert "--num-classes is 3 but there are 4" in text
+    run(*toy, "--class-names", "four.json")
+    assert SegmenterModel.from_pretrained("run/best").config.palette[1] == (4, 5, 6)
+    text = run("evaluate", "-w", weights, *words, "--split", "test", status=1)
+    assert "no such folder: data/images/test" in text
+
+
+def test_train_reports_a_diverging_loss():
+    text = run("train", *TOY, "--steps", 20, "--lr", 1e30, "--output", "run", status=1)
+    assert "error: the loss is" in text and "lower the learning rate" in text
+
+
+# --- demo ----------------------------------------------------------------------------------------
+
+
+def test_demo(here):
+    torch.manual_seed(0)
+    model = create_model("Seg-N-Mask/16", len(Scenes.class_names), 32, n_layers=1)
+    model.save_pretrained("weights")
+    words = ["demo", "-w", "weights", "--size", "32,48", "--scenes", 2, "--repeats", 1]
+    for _ in range(2):  # the demo may replace its own picture
+        text = run(*words)
+        assert "segmenter_fast_demo.png" in text and "mIoU" in text
+    assert Path("segmenter_fast_demo.png").exists()
+    assert "error: " in run(*words, "--output", "no/such/folder/x.png", status=1)
