@@ -823,9 +823,11 @@ def _read_recipe(ctx: typer.Context, name: str | None) -> str | None:
 
     path = Path(name)
     if not path.is_file():
-        path = PACKAGE / "weights" / name / "recipe.yaml"
+        path = PACKAGE / "weights" / name
         if not path.is_file():
-            raise typer.BadParameter(f"no file {name!r}, and no bundled weights with such a recipe")
+            bundled = sorted((PACKAGE / "weights").glob("*/recipe*.yaml"))
+            names = ", ".join(str(p.relative_to(PACKAGE / "weights")) for p in bundled)
+            raise typer.BadParameter(f"no file {name!r}; recipes of the bundled weights: {names}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -966,8 +968,8 @@ def train(
             metavar="FILE|NAME",
             callback=_read_recipe,
             is_eager=True,
-            help="YAML file of these options ('lr: 0.001'), or bundled weights whose recipe to "
-            "take. The command line wins over it.",
+            help="YAML file of these options ('lr: 0.001'), or a bundled one such as "
+            "street/recipe-1.yaml. The command line wins over it.",
         ),
     ] = None,
     resume: Annotated[

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+import segmenter_fast
 from segmenter_fast import SegmenterModel, create_model, predict
 from segmenter_fast import train as train_module
 from segmenter_fast import zoo as zoo_module
@@ -430,6 +431,17 @@ def test_the_command_line_wins_over_a_recipe():
     assert (options["lr"], options["min_lr"], options["scale"]) == (2e-3, 1e-4, (0.5, 1.0))
     config = SegmenterModel.from_pretrained("run/best").config
     assert config.window_size is None and config.image_size == (32, 48)
+
+
+def test_bundled_recipes():
+    folder = Path(segmenter_fast.__file__).parent / "weights"
+    recipes = [path.relative_to(folder) for path in folder.glob("*/recipe*.yaml")]
+    assert len(recipes) == 4
+    wrong = ("--root", ".", "--init", "x", "--device", "no", "-o", "run")
+    for recipe in recipes:  # every option is known, so it is the device that is refused
+        assert "--device" in run("train", "--config", str(recipe), *wrong, status=2)
+    text = run("train", "--config", "street/none.yaml", "-o", "run", status=2)
+    assert "street/recipe-2.yaml" in text
 
 
 @pytest.mark.parametrize(
