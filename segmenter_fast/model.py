@@ -121,7 +121,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         """Logits of every pixel, or the loss when a target is given.
 
         The loss goes through `forward` so that DistributedDataParallel, FSDP and torch.compile see
-        training, and it never holds full-resolution logits longer than its own computation.
+        training.
 
         Args:
             images: (B, 3, H, W) floating point, normalised.
