@@ -287,13 +287,10 @@ def _prepare(device: str, backend: Backend, threads: int | None):
 
 
 def _write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    from segmenter_fast.files import replacing
+
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _percent(value: float | None) -> str:
@@ -1221,15 +1218,6 @@ def train(
 # --- evaluate ------------------------------------------------------------------------------------
 
 
-def _spread(dataset, limit: int | None):
-    """At most `limit` samples, evenly over the dataset."""
-    if limit is None or limit >= len(dataset):
-        return dataset
-    from torch.utils.data import Subset
-
-    return Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
-
-
 @app.command()
 @_reported
 def evaluate(
@@ -1292,6 +1280,7 @@ def evaluate(
     from rich.markup import escape
     from rich.table import Table
 
+    from segmenter_fast.data.folder import spread
     from segmenter_fast.evaluate import evaluate as measure
     from segmenter_fast.model import SegmenterModel
 
@@ -1303,7 +1292,7 @@ def evaluate(
             f"weights {weights!r} know {config.n_cls} classes but the data have "
             f"{samples.num_classes}: their label numbers do not mean the same"
         )
-    chosen_samples = _spread(samples, limit)
+    chosen_samples = spread(samples, limit)
     result = measure(model, chosen_samples, ignore_index=samples.ignore_index, **protocol)
 
     used = _effective_protocol(config, protocol)

@@ -7,9 +7,7 @@ a run that was stopped and resumed sees the pictures it would have seen.
 import copy
 import dataclasses
 import json
-import logging
 import math
-import os
 import time
 from pathlib import Path
 
@@ -17,10 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from segmenter_fast.data.folder import spread
 from segmenter_fast.data.transforms import TrainStream, TrainTransform
 from segmenter_fast.evaluate import evaluate
-
-log = logging.getLogger("segmenter_fast")
+from segmenter_fast.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +175,7 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
     if options.class_weights:
         power = options.class_weights
         weight = class_weights(train_set, config.n_cls, power, ignore_index).to(device)
-    if options.val_limit and options.val_limit < len(val_set):
-        stride = len(val_set) / options.val_limit
-        val_set = Subset(val_set, [int(i * stride) for i in range(options.val_limit)])
+    val_set = spread(val_set, options.val_limit or None)
 
     optimizer = make_optimizer(model, options)
     averaged = Averaged(model, options.ema) if options.ema else None
@@ -277,12 +273,8 @@ def _save_state(path: Path, state, model, optimizer, averaged, options) -> None:
         "options": dataclasses.asdict(options),
         "rng": torch.get_rng_state(),
     }
-    temporary = path.with_suffix(".tmp")
-    try:
+    with replacing(path) as temporary:
         torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _restore(path: Path, model, optimizer, averaged, options) -> dict:

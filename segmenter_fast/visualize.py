@@ -6,7 +6,6 @@ tensors; label maps are (H, W) arrays or tensors of any integer type.
 
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+from segmenter_fast.files import replacing
 
 Colour = Sequence[int]
 
@@ -184,18 +185,8 @@ def save_image(path: str | os.PathLike, image: Image.Image) -> None:
     kind = Image.EXTENSION.get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
         raise ValueError(f"no picture format is known for {path.name!r}; name it like 'name.png'")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format=kind)
-        # mkstemp makes files that only their owner may read; a picture gets the usual permissions.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        image.save(file, format=kind)
 
 
 def save_label_png(

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from segmenter_fast.checkpoint import OFFICIAL_CONFIG, OFFICIAL_WEIGHTS, CheckpointError
+from segmenter_fast.files import replacing
 
 try:
     import fcntl
@@ -237,12 +238,8 @@ def _record(model: ZooModel, folder: Path, file: str, replace: bool = False) -> 
             f"{known}. Delete {folder}, or load with force_download=True, to start afresh."
         )
     record[file] = {"sha256": actual, "stamp": _stamp(folder / file)}
-    temporary = folder / f".{RECORD}.{os.getpid()}.tmp"
-    try:
+    with replacing(folder / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / RECORD)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _verify(model: ZooModel, folder: Path, file: str) -> None:

@@ -92,6 +92,13 @@ class InMemory(torch.utils.data.Dataset):
         return getattr(self.dataset, name)
 
 
+def spread(dataset, limit: int | None):
+    """At most `limit` samples, evenly over the dataset; None is all of it."""
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return torch.utils.data.Subset(dataset, [i * len(dataset) // limit for i in range(limit)])
+
+
 CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian",
     "bicyclist",
