@@ -212,21 +212,21 @@ def train(model, train_set, val_set, output, options: TrainOptions, resume: bool
                 ignore_index=ignore_index,
             )  # fmt: skip
         value = loss.item()
-        if not math.isfinite(value):
-            if bool((target == ignore_index).all()):
-                continue  # a batch without a labelled pixel has no mean
+        if math.isfinite(value):
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if options.clip:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            optimizer.step()
+            if averaged:
+                averaged.update(model, step)
+            loss_sum, loss_count = loss_sum + value, loss_count + 1
+        elif not bool((target == ignore_index).all()):
             raise FloatingPointError(
                 f"the loss is {value} at step {step}: lower the learning rate (now "
                 f"{poly_lr(step, options):g}), add warm-up, or clip gradients"
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if options.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-        optimizer.step()
-        if averaged:
-            averaged.update(model, step)
-        loss_sum, loss_count = loss_sum + value, loss_count + 1
+        # else: a batch without a labelled pixel has no mean and teaches nothing
         bar.update()
         bar.set_postfix(loss=f"{value:.3f}", best=f"{state['best_miou']:.3f}")
 

@@ -1,5 +1,6 @@
 """The trainer: it learns, it keeps what it says, it resumes to the same numbers."""
 
+import dataclasses
 import json
 import math
 
@@ -86,8 +87,6 @@ def test_refuses_to_overwrite_and_to_resume_nothing(tmp_path):
 
 
 def test_resume_with_other_options_is_refused(tmp_path):
-    import dataclasses
-
     options = dataclasses.replace(OPTIONS, steps=1)
     train(*setup(), tmp_path / "run", options)
     with pytest.raises(ValueError, match=r"lr: 0\.001 then, 0\.1 now"):
@@ -100,6 +99,18 @@ def test_non_finite_loss_stops_and_says_what_to_do(tmp_path):
         model.decoder.mask_norm.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="loss is nan at step 0: lower the learning rate"):
         train(model, *data, tmp_path / "run", OPTIONS)
+
+
+def test_batches_without_a_label_are_passed_over_and_still_counted(tmp_path):
+    """The last step saves, also when its batch is all void."""
+    model, train_set, val_set = setup()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    void = [(image, torch.full_like(target, 255)) for image, target in train_set]
+    options = dataclasses.replace(OPTIONS, class_weights=0.0)
+    result = train(model, void, val_set, tmp_path / "run", options)
+    assert result["steps"] == 6
+    assert torch.load(tmp_path / "run/state.pt", weights_only=True)["step"] == 6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_poly_lr():
