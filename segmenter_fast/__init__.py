@@ -13,13 +13,11 @@ if TYPE_CHECKING:
     from segmenter_fast.config import SegmenterConfig
     from segmenter_fast.inference import predict
     from segmenter_fast.model import SegmenterModel
-    from segmenter_fast.ops.upsample import (
-        upsample_argmax,
-        upsample_confusion,
-        upsample_cross_entropy,
-        upsample_logits,
-        upsample_probabilities,
-    )
+    from segmenter_fast.ops.confusion import upsample_confusion
+    from segmenter_fast.ops.upsample import upsample_logits
+    from segmenter_fast.ops.upsample_argmax import upsample_argmax
+    from segmenter_fast.ops.upsample_cross_entropy import upsample_cross_entropy
+    from segmenter_fast.ops.upsample_probabilities import upsample_probabilities
     from segmenter_fast.patch_logits import PatchLogits
     from segmenter_fast.variants import create_model, list_variants
 
@@ -32,11 +30,11 @@ _HOME = {
     "create_model": "variants",
     "list_variants": "variants",
     "predict": "inference",
-    "upsample_argmax": "ops.upsample",
-    "upsample_confusion": "ops.upsample",
-    "upsample_cross_entropy": "ops.upsample",
+    "upsample_argmax": "ops.upsample_argmax",
+    "upsample_confusion": "ops.confusion",
+    "upsample_cross_entropy": "ops.upsample_cross_entropy",
     "upsample_logits": "ops.upsample",
-    "upsample_probabilities": "ops.upsample",
+    "upsample_probabilities": "ops.upsample_probabilities",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -18,7 +18,7 @@ from segmenter_fast.data.scenes import Scenes
 from segmenter_fast.inference import predict
 from segmenter_fast.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
 from segmenter_fast.model import SegmenterModel
-from segmenter_fast.ops.upsample import upsample_argmax
+from segmenter_fast.ops.upsample_argmax import upsample_argmax
 from segmenter_fast.visualize import colorize, save_image, side_by_side
 
 # The dense head of the published ADE20K models: 150 classes, patch 16, crops of 512.

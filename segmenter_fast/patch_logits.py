@@ -4,14 +4,11 @@ import torch
 from torch import Tensor
 
 from segmenter_fast.backend import check_backend
-from segmenter_fast.ops.upsample import (
-    check_geometry,
-    upsample_argmax,
-    upsample_confusion,
-    upsample_cross_entropy,
-    upsample_logits,
-    upsample_probabilities,
-)
+from segmenter_fast.ops.confusion import upsample_confusion
+from segmenter_fast.ops.upsample import check_geometry, upsample_logits
+from segmenter_fast.ops.upsample_argmax import upsample_argmax
+from segmenter_fast.ops.upsample_cross_entropy import upsample_cross_entropy
+from segmenter_fast.ops.upsample_probabilities import upsample_probabilities
 
 
 class PatchLogits:

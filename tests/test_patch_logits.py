@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from segmenter_fast.backend import BackendError
-from segmenter_fast.ops.upsample import (
-    upsample_confusion,
-    upsample_cross_entropy,
-    upsample_logits,
-    upsample_probabilities,
-)
+from segmenter_fast.ops.confusion import upsample_confusion
+from segmenter_fast.ops.upsample import upsample_logits
+from segmenter_fast.ops.upsample_cross_entropy import upsample_cross_entropy
+from segmenter_fast.ops.upsample_probabilities import upsample_probabilities
 from segmenter_fast.patch_logits import PatchLogits
 
 SIZE, CROP = (48, 64), (0, 0, 41, 59)

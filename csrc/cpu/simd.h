@@ -18,4 +18,26 @@ SimdLevel simd_level();
 
 std::string simd_level_name(SimdLevel level);
 
+// Each kernel file is compiled once per level and ends in a table of function pointers in the
+// level's namespace. SEGMENTER_DECLARE_KERNELS declares the tables, SEGMENTER_KERNELS picks one.
+#define SEGMENTER_DECLARE_KERNELS(Type, name) \
+  namespace generic {                         \
+  extern const Type name;                     \
+  }                                           \
+  namespace avx2 {                            \
+  extern const Type name;                     \
+  }                                           \
+  namespace avx512 {                          \
+  extern const Type name;                     \
+  }
+
+#if defined(SEGMENTER_X86_LEVELS)
+#define SEGMENTER_KERNELS(level, name)                \
+  ((level) == SimdLevel::avx512 ? avx512::name        \
+   : (level) == SimdLevel::avx2 ? avx2::name          \
+                                : generic::name)
+#else
+#define SEGMENTER_KERNELS(level, name) (static_cast<void>(level), generic::name)
+#endif
+
 }  // namespace segmenter

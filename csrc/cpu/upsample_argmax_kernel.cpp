@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "../cell.h"
+#include "pack.h"
 #include "vector.h"
 
 namespace segmenter {
@@ -36,21 +37,7 @@ void pack_row(const UpsampleArgmaxView<T>& view, int64_t image, int64_t y, T* pa
   const int64_t columns = view.x_end - view.x_begin;
   const T* source =
       view.logits + image * view.stride_b + y * view.stride_y + view.x_begin * view.stride_x;
-  if (view.stride_k == 1) {
-    for (int64_t x = 0; x < columns; ++x) {
-      std::memcpy(patches + x * K_padded, source + x * view.stride_x, K * sizeof(T));
-    }
-  } else {
-    constexpr int64_t kTile = 16;  // columns whose cache lines are filled together
-    for (int64_t x_tile = 0; x_tile < columns; x_tile += kTile) {
-      const int64_t x_stop = lesser(x_tile + kTile, columns);
-      for (int64_t k = 0; k < K; ++k) {
-        for (int64_t x = x_tile; x < x_stop; ++x) {
-          patches[x * K_padded + k] = source[k * view.stride_k + x * view.stride_x];
-        }
-      }
-    }
-  }
+  pack_class_last(source, view.stride_k, view.stride_x, K, columns, K_padded, patches);
   const Values<T> limit = splat(std::numeric_limits<T>::max() / 4);
   for (int64_t x = 0; x < columns; ++x) {
     T* patch = patches + x * K_padded;

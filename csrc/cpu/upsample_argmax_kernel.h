@@ -1,31 +1,13 @@
-// What upsample_argmax.cpp hands to the kernels of each SIMD level: plain pointers and sizes only,
-// since code that both sides compile (a std::vector's growth, say) would be shared across levels.
+// What upsample_argmax.cpp hands to the kernels of each SIMD level: plain pointers and sizes, see
+// axis.h.
 #pragma once
 
 #include <cstdint>
 
+#include "axis.h"
+#include "simd.h"
+
 namespace segmenter {
-
-// Output coordinates [begin, end) that lie between the same two patches i0 and i1.
-struct Run {
-  int64_t begin, end;
-  int64_t i0, i1;
-};
-
-// One axis of the output: its runs, and the weights of i0 and i1 per output coordinate. The tables
-// are followed by kTablePadding readable entries.
-template <typename T>
-struct AxisView {
-  const Run* runs;
-  int64_t n_runs;
-  const T* w0;
-  const T* w1;
-};
-
-constexpr int64_t kTablePadding = 16;
-
-// Scratch rows are padded to a multiple of this many classes.
-constexpr int64_t kClassPadding = 16;
 
 template <typename T>
 struct UpsampleArgmaxView {
@@ -61,14 +43,6 @@ struct UpsampleArgmaxKernels {
   UpsampleArgmaxKernel<double> float64[3];
 };
 
-namespace generic {
-extern const UpsampleArgmaxKernels upsample_argmax_kernels;
-}
-namespace avx2 {
-extern const UpsampleArgmaxKernels upsample_argmax_kernels;
-}
-namespace avx512 {
-extern const UpsampleArgmaxKernels upsample_argmax_kernels;
-}
+SEGMENTER_DECLARE_KERNELS(UpsampleArgmaxKernels, upsample_argmax_kernels)
 
 }  // namespace segmenter

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace segmenter {
 namespace {
@@ -58,6 +59,35 @@ inline T largest_lane(Values<T> lanes) {
   T largest = lanes[0];
   for (int i = 1; i < kLanes<T>; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
   return largest;
+}
+
+// Lanes of (a, b), side by side, numbered 2 i and 2 i + 1: added to each other.
+template <typename T, int... i>
+inline Values<T> add_pairs(Values<T> a, Values<T> b, std::integer_sequence<int, i...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
+#else
+  return __builtin_shuffle(a, b, Integers<T>{(2 * i)...}) +
+         __builtin_shuffle(a, b, Integers<T>{(2 * i + 1)...});
+#endif
+}
+
+// sums[i] = sum of the lanes of rows[i], for N rows: a transposition and a sum in log2(lanes) steps
+// of pairwise additions. `sums` has room for N rounded up to whole vectors.
+template <typename T, int N>
+inline void sum_lanes(const Values<T>* rows, T* sums) {
+  constexpr int lanes = kLanes<T>;
+  for (int first = 0; first < N; first += lanes) {
+    Values<T> tree[lanes];
+    for (int i = 0; i < lanes; ++i) tree[i] = first + i < N ? rows[first + i] : Values<T>{};
+    for (int n = lanes / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) {
+        tree[i] = add_pairs<T>(tree[2 * i], tree[2 * i + 1],
+                               std::make_integer_sequence<int, lanes>{});
+      }
+    }
+    store(sums + first, tree[0]);
+  }
 }
 
 }  // namespace

@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segmenter_fast.ops.upsample import LOGIT_DTYPES, label_dtype, upsample_argmax
+from segmenter_fast.ops.upsample import LOGIT_DTYPES, label_dtype, upcast
+from segmenter_fast.ops.upsample_argmax import upsample_argmax
 
 SERIAL_TILE = (16, 128)
 """Rows and columns of output evaluated at once: K x 2048 floats stay in a core's L2 cache."""
@@ -131,11 +132,6 @@ class WindowView:
         )
         return top, left
 
-    def values(self) -> Tensor:
-        """`logits`, float16 and bfloat16 upcast to float32."""
-        half = self.logits.dtype in (torch.float16, torch.bfloat16)
-        return self.logits.float() if half else self.logits
-
 
 # ---------------------------------------------------------------------------------------- reference
 def window_logits_reference(view: WindowView, size: tuple[int, int]) -> Tensor:
@@ -143,7 +139,7 @@ def window_logits_reference(view: WindowView, size: tuple[int, int]) -> Tensor:
 
     Source: official segm/model/utils.py, merge_windows.
     """
-    windows = view.values()
+    windows = upcast(view.logits)
     n_cls, rows, columns = windows.shape[1:]
     padded = (rows * view.patch_size, columns * view.patch_size)
     height, width = view.window
@@ -309,7 +305,7 @@ class _Plan(NamedTuple):
 
 def _stack(view: WindowView) -> Tensor:
     """(windows x patches, K, windows x patches) all windows' patch logits as one grid."""
-    windows = view.values()
+    windows = upcast(view.logits)
     tops, lefts = view.anchors
     n_cls, height, width = windows.shape[1:]
     grid = windows.reshape(len(tops), len(lefts), n_cls, height, width)

@@ -54,22 +54,21 @@ def class_last(logits):
 
 def native_labels(logits, size, crop=None, threads=1, out_dtype=np.uint8):
     """Labels from the kernel, with a guard around the output to catch stray writes."""
-    B, K, h, w = logits.shape
+    B = len(logits)
     top, left, height, width = crop or (0, 0, *size)
     n = B * height * width
     memory = np.full(n + 2 * GUARD, 77, dtype=out_dtype)
     out = memory[GUARD : GUARD + n]
-    _C.upsample_argmax(
+    upsampling = _C.Upsampling(
         logits.data_ptr(),
-        out.ctypes.data,
         str(logits.dtype).removeprefix("torch."),
-        np.dtype(out_dtype).name,
-        *(B, K, h, w),
-        *logits.stride(),
-        *size,
-        *(top, left, height, width),
+        logits.shape,
+        logits.stride(),
+        size,
+        (top, left, height, width),
         threads,
     )
+    _C.upsample_argmax(upsampling, out.ctypes.data, np.dtype(out_dtype).name)
     assert (memory[:GUARD] == 77).all() and (memory[GUARD + n :] == 77).all(), "stray write"
     return out.reshape(B, height, width).astype(np.int64)
 
@@ -313,43 +312,60 @@ def test_empty():
     assert native_labels(torch.zeros(2, 4, 3, 3), (12, 12), (2, 2, 0, 5)).shape == (2, 0, 5)
 
 
-GOOD = {
-    "dtype": "float32", "out_dtype": "uint8", "B": 1, "K": 4, "h": 3, "w": 3,
-    "stride_b": 36, "stride_k": 9, "stride_y": 3, "stride_x": 1,
-    "H": 12, "W": 12, "top": 0, "left": 0, "height": 12, "width": 12, "threads": 1,
-}  # fmt: skip
+UPSAMPLING = {
+    "dtype": "float32",
+    "shape": (1, 4, 3, 3),
+    "strides": (36, 9, 3, 1),
+    "size": (12, 12),
+    "crop": (0, 0, 12, 12),
+    "threads": 1,
+}
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         ({"dtype": "float16"}, 'dtype: expected one of "float32", "float64", got "float16"'),
-        ({"out_dtype": "int64"}, 'out_dtype: expected one of .*"uint8", got "int64"'),
-        ({"B": -1}, r"expected logits \(B, K, h, w\).* got \(-1, 4, 3, 3\)"),
-        ({"K": 0}, r"got \(1, 0, 3, 3\)"),
-        ({"h": 0}, r"got \(1, 4, 0, 3\)"),
-        ({"w": -3}, r"got \(1, 4, 3, -3\)"),
-        ({"H": 0}, r"expected size \(H, W\).* got \(0, 12\)"),
-        ({"W": -1}, r"got \(12, -1\)"),
-        ({"top": 1}, r"expected crop .* inside size \(12, 12\), got \(1, 0, 12, 12\)"),
-        ({"left": -1}, r"got \(0, -1, 12, 12\)"),
-        ({"height": -1}, r"got \(0, 0, -1, 12\)"),
-        ({"width": 13}, r"got \(0, 0, 12, 13\)"),
-        ({"top": 2**62, "height": 2**62}, "expected crop"),
-        ({"K": 257}, "expected at most 256 classes for this type of label, got 257"),
-        ({"K": 32769, "out_dtype": "int16"}, "expected at most 32768 classes"),
+        ({"shape": (-1, 4, 3, 3)}, r"expected logits \(B, K, h, w\).* got \(-1, 4, 3, 3\)"),
+        ({"shape": (1, 0, 3, 3)}, r"got \(1, 0, 3, 3\)"),
+        ({"shape": (1, 4, 0, 3)}, r"got \(1, 4, 0, 3\)"),
+        ({"shape": (1, 4, 3, -3)}, r"got \(1, 4, 3, -3\)"),
+        ({"size": (0, 12)}, r"expected size \(H, W\).* got \(0, 12\)"),
+        ({"size": (12, -1)}, r"got \(12, -1\)"),
+        (
+            {"crop": (1, 0, 12, 12)},
+            r"expected crop .* size \(12, 12\), got \(1, 0, 12, 12\)",
+        ),
+        ({"crop": (0, -1, 12, 12)}, r"got \(0, -1, 12, 12\)"),
+        ({"crop": (0, 0, -1, 12)}, r"got \(0, 0, -1, 12\)"),
+        ({"crop": (0, 0, 12, 13)}, r"got \(0, 0, 12, 13\)"),
+        ({"crop": (2**62, 0, 2**62, 12)}, "expected crop"),
         ({"threads": 0}, "expected threads >= 1, got 0"),
-        ({"logits_ptr": 0}, "expected pointers to logits and labels, got null"),
-        ({"out_ptr": 0}, "expected pointers to logits and labels, got null"),
+        ({"logits_ptr": 0}, "expected a pointer to logits, got null"),
     ],
 )
-def test_rejects_bad_input(change, message):
-    logits = torch.zeros(1, 4, 3, 3)
-    out = np.zeros((1, 12, 12), np.uint8)
-    arguments = {"logits_ptr": logits.data_ptr(), "out_ptr": out.ctypes.data} | GOOD
-    _C.upsample_argmax(**arguments)
+def test_upsampling_rejects_bad_input(change, message):
+    good = {"logits_ptr": torch.zeros(1, 4, 3, 3).data_ptr()} | UPSAMPLING
+    _C.Upsampling(**good)
     with pytest.raises(ValueError, match=message):
-        _C.upsample_argmax(**(arguments | change))
+        _C.Upsampling(**(good | change))
+
+
+@pytest.mark.parametrize(
+    "n_cls, out_dtype, message",
+    [
+        (4, "int64", 'out_dtype: expected one of .*"uint8", got "int64"'),
+        (257, "uint8", "expected at most 256 classes for this type of label, got 257"),
+        (32769, "int16", "expected at most 32768 classes"),
+        (4, "uint8", "expected a pointer to labels, got null"),
+    ],
+)
+def test_rejects_bad_input(n_cls, out_dtype, message):
+    logits = torch.zeros(1, n_cls, 1, 1)
+    geometry = {"shape": logits.shape, "strides": logits.stride()}
+    upsampling = _C.Upsampling(logits.data_ptr(), **(UPSAMPLING | geometry))
+    with pytest.raises(ValueError, match=message):
+        _C.upsample_argmax(upsampling, 0, out_dtype)
 
 
 def test_source_indices_reject_bad_input():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from checks import assert_labels
 from torch import Tensor
 
-from segmenter_fast.ops.upsample import upsample_argmax
+from segmenter_fast.ops.upsample_argmax import upsample_argmax
 
 N_CLS, GRID, SIZE = 150, 32, (512, 512)
 

@@ -1,0 +1,44 @@
+#include "bindings.h"
+
+using namespace segmenter;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = SEGMENTER_VERSION;
+  info["compiler"] = SEGMENTER_COMPILER;
+  info["compiler_version"] = SEGMENTER_COMPILER_VERSION;
+  info["build_type"] = SEGMENTER_BUILD_TYPE;
+  info["cxx_standard"] = static_cast<int>(__cplusplus / 100 % 100);
+  info["simd_levels"] = compiled_simd_levels();
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of segmenter_fast.";
+
+  m.def("build_info", &build_info,
+        R"(What this module was built from and with.
+
+Returns:
+    dict: version, compiler, compiler_version, build_type (str), cxx_standard (int),
+    simd_levels (list of str, lowest first), cuda (bool).)");
+
+  m.def(
+      "simd_level", [] { return simd_level_name(simd_level()); },
+      R"(The SIMD level that the kernels use now.
+
+Returns:
+    "generic", "avx2" or "avx512": the best that was compiled in and that the CPU has, or what the
+    environment variable SEGMENTER_FAST_SIMD asks for.
+Raises:
+    ValueError: SEGMENTER_FAST_SIMD names an unknown level.
+    RuntimeError: it names a level that this build or this CPU lacks.)");
+
+  bind_upsampling(m);
+  bind_upsample_argmax(m);
+}
