@@ -1,7 +1,7 @@
 """The `contest` fixture, its options, and the table at the end of a benchmark run."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import harness  # noqa: E402
 
+# By benchmark, then by case.
 RESULTS = pytest.StashKey[dict[str, dict[str, list[harness.Row]]]]()
+FLOORS = pytest.StashKey[dict[str, dict[str, harness.Floor]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = {}
+    config.stash[FLOORS] = {}
 
 
 @pytest.fixture
@@ -41,11 +44,25 @@ def with_compile(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., list[harness.Row]]:
-    """`contest(case, contestants, check=None, rounds=11, peers=1)`: `harness.compare`, recorded.
+def compiled(with_compile: bool) -> Callable[..., Callable[[], Any]]:
+    """`compiled(function, *args)`: `harness.compiled`, which needs --with-compile to run.
 
-    The rows go into the table at the end and, with --save-results, into a file. pytest-benchmark
-    times the last contestant, ours, so that its own reports and comparisons work as well.
+    Without the option its contestants keep their rows, as not run.
+    """
+    if with_compile:
+        return harness.compiled
+    return lambda function, *args, **options: harness.not_run("needs --with-compile")
+
+
+@pytest.fixture
+def contest(
+    request: pytest.FixtureRequest, benchmark: Any
+) -> Iterator[Callable[..., list[harness.Row]]]:
+    """`contest(case, contestants, ...)`: `harness.compare`, recorded.
+
+    The rows go into the table at the end and, with --save-results, into a file, with the floor of
+    `work`. pytest-benchmark times the last contestant, ours, so that its own reports and
+    comparisons work as well.
     """
 
     def run(
@@ -54,15 +71,25 @@ def contest(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., lis
         check: Callable[[str, Any], None] | None = None,
         rounds: int = 11,
         peers: int = 1,
+        work: harness.Work | None = None,
     ) -> list[harness.Row]:
         rows = harness.compare(contestants, check, rounds, peers)
         name = request.path.stem.removeprefix("bench_")
         request.config.stash[RESULTS].setdefault(name, {})[case] = rows
-        benchmark.extra_info.update({row.contestant: round(row.ratio, 2) for row in rows})
-        benchmark.pedantic(list(contestants.values())[-1], rounds=5, warmup_rounds=1)
+        if work is not None:
+            floors = request.config.stash[FLOORS].setdefault(name, {})
+            floors[case] = harness.floor_of(work, rows)
+        benchmark.extra_info.update(
+            {row.contestant: round(row.ratio, 2) for row in rows if row.ratio is not None}
+        )
+        if rows[-1].not_run is None:
+            benchmark.pedantic(list(contestants.values())[-1], rounds=5, warmup_rounds=1)
         return rows
 
-    return run
+    yield run
+    if "torch._dynamo" in sys.modules:
+        # Or cases would add up to the number of recompilations at which PyTorch gives up.
+        sys.modules["torch._dynamo"].reset()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -71,8 +98,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("contestants (ratio: how many times faster than the quickest peer)")
     for name, cases in results.items():
+        floors = config.stash[FLOORS].get(name, {})
         for case, rows in cases.items():
-            for line in harness.table(f"{name}: {case}", rows):
+            for line in harness.table(f"{name}: {case}", rows, floors.get(case)):
                 terminalreporter.write_line(line)
         if config.getoption("--save-results"):
-            terminalreporter.write_line(f"written: {harness.save(name, cases)}")
+            terminalreporter.write_line(f"written: {harness.save(name, cases, floors=floors)}")

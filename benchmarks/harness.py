@@ -6,48 +6,54 @@ Each round times every contestant once, starting with another one each time, so 
 clock or load meets all of them. The first contestants are the peers, the others are ours, and a
 ratio is the median over the rounds of (quickest peer's time / contestant's time): against a peer in
 its best form, and less at the mercy of a busy machine than a time.
+
+Beside the times stands a floor: the least work of the problem over what this machine reaches in a
+matrix product and in a copy, measured in the same session (`ceilings`).
 """
 
-import json
+import ctypes
+import functools
 import os
 import platform
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from records import RESULTS, Ceilings, Floor, Record, Row, Work, table, write
 
-RESULTS = Path(__file__).resolve().parent / "results"
+__all__ = [
+    "Ceilings",
+    "Floor",
+    "NotRun",
+    "Row",
+    "Work",
+    "ceilings",
+    "compare",
+    "compiled",
+    "floor_of",
+    "machine",
+    "machine_kind",
+    "not_run",
+    "peak_mib",
+    "save",
+    "table",
+]
+
 MIN_SECONDS = 5e-3
 """A quicker contestant is called several times in a row and its time divided."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contestant's result.
-
-    Attributes:
-        contestant: its name.
-        ms, ms_p20, ms_p80: median, 20th and 80th percentile of one call, milliseconds.
-        ratio: how many times faster than the quickest peer.
-        peak_mib: memory that one call needs beyond what was held before, MiB; None if unknown here.
-    """
-
-    contestant: str
-    ms: float
-    ms_p20: float
-    ms_p80: float
-    ratio: float
-    peak_mib: float | None
+class NotRun(Exception):
+    """Raised by a contestant that cannot take part here; its row says why."""
 
 
 def compare(
-    contestants: dict[str, Callable[[], Any]],
+    contestants: Mapping[str, Callable[[], Any]],
     check: Callable[[str, Any], None] | None = None,
     rounds: int = 11,
     peers: int = 1,
@@ -55,7 +61,8 @@ def compare(
     """Time contestants against each other.
 
     Args:
-        contestants: functions of no argument by name, the peers first.
+        contestants: functions of no argument by name, the peers first. One that raises NotRun when
+            it is first called gets a row without figures.
         check: called with (name, result) of every contestant before anything is timed; raises if
             the result is wrong, and then nothing is timed at all.
         rounds: how often each contestant is timed.
@@ -67,37 +74,78 @@ def compare(
 
     Raises:
         ValueError: fewer contestants than peers, or fewer than one peer or round.
-        Exception: whatever `check` raises.
+        Exception: whatever `check` or a contestant raises.
     """
     if not 1 <= peers <= len(contestants) or rounds < 1:
         raise ValueError(
             "need at least one round and between one peer and all contestants, got "
             f"{rounds} rounds, {peers} peers of {len(contestants)} contestants"
         )
+    # What the first call does once (compilation, imports, tables, threads) stays out of the times.
+    reasons, devices = {}, {}
     for name, function in contestants.items():
-        result = function()
+        try:
+            result = function()
+        except NotRun as reason:
+            reasons[name] = str(reason)
+            continue
         if check is not None:
             check(name, result)
-    del result
+        devices[name] = _device_of(result) or "cpu"
+        del result
 
     calls, peaks = {}, {}
-    for name, function in contestants.items():
+    names = [name for name in contestants if name not in reasons]
+    for name in names:
+        function = contestants[name]
         calls[name] = max(1, round(MIN_SECONDS / max(_seconds(function, 1), 1e-7)))
-        peaks[name] = peak_mib(function)
-    names = list(contestants)
+        peaks[name] = peak_mib(function, devices[name])
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
-        start = i % len(names)
+        start = i % max(1, len(names))
         for name in names[start:] + names[:start]:
             seconds[name].append(_seconds(contestants[name], calls[name]))
 
-    best = min((seconds[name] for name in names[:peers]), key=statistics.median)
+    peer_names = list(contestants)[:peers]
+    peer_seconds = [seconds[name] for name in peer_names if name in seconds]
+    best = min(peer_seconds, key=statistics.median, default=None)
     rows = []
-    for name in names:
-        ratios = [a / b for a, b in zip(best, seconds[name], strict=True)]
+    for name in contestants:
+        peer = name in peer_names
+        if name in reasons:
+            rows.append(Row(name, *[None] * 5, peer=peer, not_run=reasons[name]))
+            continue
         low, median, high = (1e3 * _quantile(seconds[name], q) for q in (0.2, 0.5, 0.8))
-        rows.append(Row(name, median, low, high, statistics.median(ratios), peaks[name]))
+        ratio: list[float | None] = [None] * 3
+        if best is not None:
+            ratios = [a / b for a, b in zip(best, seconds[name], strict=True)]
+            ratio = [_quantile(ratios, q) for q in (0.2, 0.5, 0.8)]
+        rows.append(
+            Row(
+                name,
+                median,
+                low,
+                high,
+                ratio[1],
+                peaks[name],
+                ratio_p20=ratio[0],
+                ratio_p80=ratio[2],
+                peer=peer,
+                device=devices[name],
+            )
+        )
     return rows
+
+
+def _device_of(result: Any) -> str | None:
+    """Type of the device of the first tensor in a result; None if there is none."""
+    if isinstance(result, torch.Tensor):
+        return result.device.type
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, Sequence) and not isinstance(result, str):
+        return next(filter(None, map(_device_of, result)), None)
+    return None
 
 
 def _synchronize() -> None:
@@ -122,24 +170,99 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return ordered[below] + (position - below) * (ordered[above] - ordered[below])
 
 
-def peak_mib(function: Callable[[], Any]) -> float | None:
+# ------------------------------------------------------------------------------------- contestants
+def compiled(
+    function: Callable[..., Any], *args: Any, mode: str | None = None, fullgraph: bool = True
+) -> Callable[[], Any]:
+    """The contestant `torch.compile(function)(*args)`, for static shapes.
+
+    Compilation happens in the first call, which `compare` does not time. If that call fails (no
+    C++ compiler, something that Inductor cannot do) the contestant counts as not run, with the
+    reason.
+
+    Args:
+        function: what eager PyTorch runs; give the plain peer's function. A mode such as
+            torch.inference_mode goes around the contestant: inside it Inductor may fail.
+        args: handed to it at every call.
+        mode: of torch.compile. "max-autotune" chooses between templates of matrix products and
+            convolutions, on a CPU as on a GPU; it changes nothing for interpolation, softmax or
+            argmax, so only models with such layers profit from it as a second contestant.
+        fullgraph: a graph break, or giving up after too many recompilations, makes it not run,
+            where it would otherwise quietly be eager PyTorch.
+    """
+    compiled_function = torch.compile(function, mode=mode, fullgraph=fullgraph, dynamic=False)
+    called = False
+
+    def contestant() -> Any:
+        nonlocal called
+        if called:
+            return compiled_function(*args)
+        try:
+            result = compiled_function(*args)
+        except Exception as error:
+            raise NotRun(f"{type(error).__name__}: {_first_line(error)}") from error
+        called = True
+        return result
+
+    return contestant
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    # "backend='inductor' raised:" says nothing; what it raised comes next.
+    line = next((line for line in lines if line and not line.endswith("raised:")), "no message")
+    return line if len(line) <= 120 else line[:117] + "..."
+
+
+def not_run(reason: str) -> Callable[[], Any]:
+    """A contestant that does not take part: it keeps its place in the table, with the reason."""
+
+    def contestant() -> Any:
+        raise NotRun(reason)
+
+    return contestant
+
+
+# ------------------------------------------------------------------------------------- memory
+def peak_mib(function: Callable[[], Any], device: str = "cpu") -> float | None:
     """Memory that one call needs beyond what is held before it, MiB.
 
-    GPU memory where there is a GPU; resident memory on Linux; None elsewhere.
+    On a GPU, what PyTorch's allocator hands out. On Linux, the high-water mark of the process's
+    resident memory less its size before the call: whatever any thread touches counts, from
+    PyTorch's allocator, from `new` and `std::vector` in C++, or mapped. None elsewhere.
+
+    Two things would make it wrong, and are seen to:
+
+    - The C library keeps freed blocks below its mmap threshold (which grows to 32 MiB) resident,
+      and a call that gets such a block back adds nothing. They are given back to the system before
+      each call, where the C library can (glibc: malloc_trim, all arenas); elsewhere the result may
+      be too small by what is kept.
+    - The first call after that brings back pages of code and tables, and of what is imported when
+      first used; so the smallest of three calls counts.
+
+    The kernel's count of pages lags by up to 0.25 MiB per thread: below MEMORY_RESOLUTION_MIB a
+    figure means "hardly any", and tables show it so. Memory that a function keeps between calls (a
+    cache, a pool) is not seen at all.
+
+    Args:
+        function: of no argument.
+        device: where it computes, "cpu" or "cuda".
     """
-    if torch.cuda.is_available():
+    if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
+        torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        # The smaller of two: pages of a library that the system had dropped come back in the first.
-        return min(_resident_growth(function) for _ in range(2))
+        return min(_resident_growth(function) for _ in range(3))
     except OSError:
         return None
 
 
 def _resident_growth(function: Callable[[], Any]) -> float:
+    _return_free_memory()
     # Linux: 5 sets the process's high-water mark back to its present size.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
@@ -147,8 +270,101 @@ def _resident_growth(function: Callable[[], Any]) -> float:
     return max(0, _status_kib("VmHWM") - before) / 2**10
 
 
+def _return_free_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _status_kib(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+# ------------------------------------------------------------------------------------- ceilings
+def floor_of(work: Work, rows: Sequence[Row]) -> Floor:
+    """The floor on the device that the rows ran on."""
+    device = next((row.device for row in reversed(rows) if row.device is not None), "cpu")
+    return Floor(work, ceilings(device), device)
+
+
+def ceilings(device: str = "cpu") -> Ceilings:
+    """What the device reaches in a matrix product and in a copy, measured once per process.
+
+    A matrix product does two FLOP with each fused multiply-add; arithmetic without them, such as
+    comparisons, gets to half of its rate at most. Both figures are the best of a few repeats with
+    as many threads as PyTorch now uses, and take a second or two.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return _ceilings(device, torch.get_num_threads())
+
+
+@functools.cache
+def _ceilings(device: str, threads: int) -> Ceilings:
+    return Ceilings(_flop_per_s(device), _bytes_per_s(device, _copy_bytes(device)))
+
+
+def _flop_per_s(device: str) -> float:
+    # Large matrices suit many threads, small ones a slow machine: from 512 upwards, until the next
+    # would take too long. Full float32 precision, whatever has been allowed.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        best, side, seconds = 0.0, 512, 0.0
+        while 8 * seconds < 0.1:
+            a, b = torch.rand(2, side, side, device=device)
+            out = torch.empty_like(a)
+            seconds = _best_seconds(functools.partial(torch.mm, a, b, out=out))
+            best = max(best, 2 * side**3 / seconds)
+            side *= 2
+        return best
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _bytes_per_s(device: str, size: int) -> float:
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)  # not empty: its pages are to be there already
+    return 2 * size / _best_seconds(lambda: target.copy_(source))
+
+
+def _best_seconds(function: Callable[[], Any], repeats: int = 4) -> float:
+    function()
+    return min(_seconds(function, 1) for _ in range(repeats))
+
+
+def _copy_bytes(device: str) -> int:
+    """Size of each of the two tensors of the copy: large enough that it goes through memory.
+
+    On a CPU twice the last-level cache, 64 MiB at least and a sixteenth of the memory at most. A
+    virtual machine may be shown a cache of hundreds of MiB that it shares with others, and
+    benchmarks with less data than that may well find them there at each call: then bytes over this
+    bandwidth is the floor of a call that finds nothing there, and a share may exceed 100 %.
+    """
+    if device == "cuda":
+        return 1 << 29
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        memory = 8 << 30
+    return min(max(2 * _last_level_cache_bytes(), 64 << 20), memory // 16)
+
+
+def _last_level_cache_bytes(cpus: Path = Path("/sys/devices/system/cpu")) -> int:
+    """All last-level caches together; 0 where Linux does not tell."""
+    sizes: dict[tuple[int, str], int] = {}  # by level and the processors that share it
+    for cache in cpus.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            kib = re.fullmatch(r"(\d+)K", (cache / "size").read_text().strip())
+            level = int((cache / "level").read_text())
+            shared = (cache / "shared_cpu_list").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if kib:
+            sizes[level, shared] = int(kib[1]) << 10
+    last = max((level for level, _ in sizes), default=0)
+    return sum(size for (level, _), size in sizes.items() if level == last)
 
 
 # ------------------------------------------------------------------------------------- the machine
@@ -210,39 +426,21 @@ def _commit() -> str | None:
 
 
 # ------------------------------------------------------------------------------------- reports
-def table(case: str, rows: Sequence[Row]) -> list[str]:
-    """Lines of a readable table."""
-    width = max(len(row.contestant) for row in rows)
-    lines = [
-        case,
-        f"  {'':{width}}  {'median ms':>10} {'p20':>9} {'p80':>9} {'ratio':>8} {'MiB':>8}",
-    ]
-    for row in rows:
-        memory = "" if row.peak_mib is None else f"{row.peak_mib:.1f}"
-        lines.append(
-            f"  {row.contestant:{width}}  {row.ms:10.3f} {row.ms_p20:9.3f} {row.ms_p80:9.3f} "
-            f"{row.ratio:7.2f}x {memory:>8}"
-        )
-    return lines
-
-
-def save(name: str, cases: dict[str, Sequence[Row]], folder: Path | None = None) -> Path:
+def save(
+    name: str,
+    cases: Mapping[str, Sequence[Row]],
+    folder: Path | None = None,
+    floors: Mapping[str, Floor] | None = None,
+) -> Path:
     """Write results/<machine kind>/<name>.json and return its path.
 
     Args:
         name: of the benchmark, the stem of bench_<name>.py.
         cases: rows by case.
         folder: None is results/<machine kind>.
+        floors: by case, where known.
     """
-    folder = RESULTS / machine_kind() if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "benchmark": name,
-        "machine": machine(),
-        "cases": {case: [asdict(row) for row in rows] for case, rows in cases.items()},
-    }
-    path = folder / f"{name}.json"
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    path = (RESULTS / machine_kind() if folder is None else folder) / f"{name}.json"
+    rows = {case: list(rows) for case, rows in cases.items()}
+    write(Record(name, machine(), rows, dict(floors or {})), path)
     return path

@@ -1,27 +1,57 @@
-"""The benchmark harness: what it refuses, what it measures, what it writes."""
+"""The benchmark harness: what it refuses, what it measures, what it writes and reads."""
 
-import importlib.util
+import importlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from typer import Typer
+from typer.testing import CliRunner
 
-SOURCE = Path(__file__).resolve().parent.parent / "benchmarks" / "harness.py"
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+MODULES = ("records", "harness", "compare", "report")
 
 
 @pytest.fixture(scope="module")
-def harness():
-    spec = importlib.util.spec_from_file_location("benchmark_harness", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def modules():
+    """The benchmarks' modules, imported as the benchmarks do; gone afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(FOLDER), *sys.path])
+        for name in MODULES:
+            patch.delitem(sys.modules, name, raising=False)
+        yield {name: importlib.import_module(name) for name in MODULES}
+        for name in MODULES:
+            sys.modules.pop(name, None)
 
 
+@pytest.fixture(scope="module")
+def harness(modules):
+    return modules["harness"]
+
+
+@pytest.fixture(scope="module")
+def records(modules):
+    return modules["records"]
+
+
+@pytest.fixture
+def floor(records):
+    # 4 ms of arithmetic, 1 ms of memory.
+    return records.Floor(records.Work(4e6, 2e6), records.Ceilings(1e9, 2e9))
+
+
+def run(function, *args):
+    app = Typer()
+    app.command()(function)
+    # Rich folds a table into 80 columns where there is no terminal; names are to stay whole.
+    return CliRunner().invoke(app, [str(a) for a in args], env={"COLUMNS": "200"})
+
+
+# ------------------------------------------------------------------------------------- contests
 def test_nothing_wrong_is_timed(harness):
     calls = []
 
@@ -45,8 +75,10 @@ def test_ratio_is_against_the_quickest_peer(harness):
     )
     slow, quick, ours = rows
     assert [row.contestant for row in rows] == ["slow peer", "quick peer", "ours"]
-    assert quick.ratio == 1.0
+    assert [row.peer for row in rows] == [True, True, False]
+    assert quick.ratio == quick.ratio_p20 == quick.ratio_p80 == 1.0
     assert slow.ratio < 1.0 < ours.ratio
+    assert ours.ratio_p20 <= ours.ratio <= ours.ratio_p80
     assert quick.ms >= 10.0
     assert quick.ms_p20 <= quick.ms <= quick.ms_p80
 
@@ -57,18 +89,388 @@ def test_rejects_bad_input(harness, arguments):
         harness.compare({"only": lambda: 1}, **arguments)
 
 
+def test_what_does_not_run_keeps_its_row(harness):
+    checked = []
+    rows = harness.compare(
+        {
+            "absent": harness.not_run("needs a compiler"),
+            "peer": lambda: time.sleep(0.002),
+            "ours": lambda: None,
+        },
+        check=lambda name, result: checked.append(name),
+        rounds=2,
+        peers=2,
+    )
+    absent, peer, ours = rows
+    assert checked == ["peer", "ours"]
+    assert absent == harness.Row(
+        "absent", None, None, None, None, None, peer=True, not_run="needs a compiler"
+    )
+    assert peer.ratio == 1.0 < ours.ratio
+    assert "absent  not run: needs a compiler" in "\n".join(harness.table("case", rows))
+
+
+def test_without_any_peer_there_is_no_ratio(harness):
+    rows = harness.compare({"peer": harness.not_run("absent"), "ours": lambda: 1}, rounds=1)
+    assert rows[1].ratio is None and rows[1].ms is not None
+    rows = harness.compare({"peer": harness.not_run("absent")}, rounds=1)
+    assert [row.not_run for row in rows] == ["absent"]
+
+
+def test_other_errors_are_not_swallowed(harness):
+    with pytest.raises(ZeroDivisionError):
+        harness.compare({"peer": lambda: 1 / 0})
+
+
+def test_device_of_a_result(harness):
+    row = harness.compare({"nested": lambda: {"a": [None, (torch.ones(1),)]}}, rounds=1)[0]
+    assert row.device == "cpu"
+    assert harness._device_of({"a": [None, (torch.ones(1, device="meta"),)]}) == "meta"
+    assert harness._device_of(["text", 1]) is None
+
+
+# ------------------------------------------------------------------------------------- compilation
+def test_compiled_is_lazy_and_static(harness, monkeypatch):
+    options = {}
+    compilations = []
+
+    def fake(function, **given):
+        options.update(given)
+
+        def call(*args):
+            compilations.append(args)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", fake)
+    contestant = harness.compiled(lambda x, y: x + y, 1, 2, mode="max-autotune")
+    assert not compilations
+    assert contestant() == 3
+    assert options == {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
+
+
+def test_compilation_that_fails_is_not_run(harness, monkeypatch):
+    def backend(graph, inputs):
+        raise RuntimeError("no C++ compiler found\nmore about it")
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode, **options: compile_(f, backend=backend, **options)
+    )
+    rows = harness.compare(
+        {
+            "eager": lambda: torch.ones(3) + 1,
+            "compiled": harness.compiled(lambda x: x + 1, torch.ones(3)),
+        },
+        rounds=1,
+        peers=2,
+    )
+    assert rows[0].not_run is None
+    # The name of what wraps the error depends on the version of PyTorch.
+    assert "no C++ compiler found" in rows[1].not_run
+    assert "\n" not in rows[1].not_run
+
+
+def test_an_error_after_compilation_is_an_error(harness, monkeypatch):
+    answers = iter([1])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    contestant = harness.compiled(lambda: next(answers))
+    assert contestant() == 1
+    with pytest.raises(StopIteration):
+        contestant()
+
+
+def test_long_reasons_are_cut(harness):
+    assert harness._first_line(ValueError("")) == "no message"
+    assert harness._first_line(ValueError("\n  backend='inductor' raised:\n why\n")) == "why"
+    assert len(harness._first_line(ValueError("x" * 500))) == 120
+
+
+# ------------------------------------------------------------------------------------- memory
 def test_peak_memory_of_one_call(harness):
     peak = harness.peak_mib(lambda: torch.full((64 << 20,), 1, dtype=torch.uint8))
     if peak is None:
         pytest.skip("the system does not tell")
-    assert 60 < peak < 200
+    assert 60 < peak < 80
 
 
-def test_written_rows_can_be_read_back(harness, tmp_path):
-    rows = [harness.Row("ours", 1.0, 0.5, 2.0, 3.0, None)]
-    path = harness.save("upsample", {"noise": rows}, tmp_path / "results")
-    content = json.loads(path.read_text())
-    assert [harness.Row(**row) for row in content["cases"]["noise"]] == rows
-    assert content["machine"]["torch"] == torch.__version__
+def test_memory_that_the_c_library_kept_counts(harness):
+    def eight_mebibytes():
+        return sum(len(piece) for piece in [bytearray(1 << 16) for _ in range(128)])
+
+    if harness.peak_mib(lambda: None) is None:
+        pytest.skip("the system does not tell")
+    if not hasattr(harness.ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the C library cannot give memory back")
+    # Above the pieces lies a block that stays, so that the C library keeps them when freed.
+    pieces = [bytearray(1 << 16) for _ in range(128)]
+    above = bytearray(1 << 16)
+    del pieces
+    assert 7 < harness.peak_mib(eight_mebibytes) < 10
+    assert len(above) == 1 << 16
+
+
+def test_hardly_any_memory_is_not_called_none(harness, records):
+    peak = harness.peak_mib(lambda: bytearray(10))
+    if peak is None:
+        pytest.skip("the system does not tell")
+    assert records.mebibytes(peak) == "<0.5"
+    assert records.mebibytes(None) == ""
+    assert records.mebibytes(12.34) == "12.3"
+
+
+# ------------------------------------------------------------------------------------- floors
+@pytest.mark.parametrize("numbers", [(-1, 1), (1, float("inf")), (0, 0), (float("nan"), 1)])
+def test_work_must_be_something(records, numbers):
+    with pytest.raises(ValueError, match="expected FLOP and bytes"):
+        records.Work(*numbers)
+
+
+def test_the_longer_of_two_binds(records, floor):
+    assert (floor.arithmetic_ms, floor.memory_ms) == (4, 1)
+    assert (floor.ms, floor.binds) == (4, "arithmetic")
+    other = replace(floor, work=records.Work(0, 4e7))
+    assert (other.ms, other.binds) == (20, "memory")
+    assert floor.share(records.Row("ours", 8, 8, 8, 1, None)) == 0.5
+    assert floor.share(records.Row("ours", *[None] * 5, not_run="absent")) is None
+
+
+def test_ceilings_are_measured_once(harness, monkeypatch):
+    # Smaller than a real session's, whose copy has to pass the last-level cache.
+    sizes = []
+    monkeypatch.setattr(harness, "_copy_bytes", lambda device: sizes.append(device) or 1 << 20)
+    monkeypatch.setattr(harness, "_flop_per_s", lambda device: 1e9)
+    harness._ceilings.cache_clear()
+    try:
+        first = harness.ceilings()
+        assert first == harness.ceilings("cpu")
+        assert sizes == ["cpu"]
+        assert first.bytes_per_s > 1e7
+        floor = harness.floor_of(
+            harness.Work(1e6, 1), [harness.Row("peer", 1, 1, 1, 1, None, device="cpu")]
+        )
+        assert (floor.device, floor.ms) == ("cpu", 1.0)
+    finally:
+        harness._ceilings.cache_clear()
+
+
+def test_flop_rate_is_of_full_precision(harness, monkeypatch):
+    before = torch.get_float32_matmul_precision()
+    seen = []
+
+    def seconds(function, repeats=4):
+        seen.append((torch.get_float32_matmul_precision(), function().shape[0]))
+        return 0.02  # the second size is then the last
+
+    monkeypatch.setattr(harness, "_best_seconds", seconds)
+    assert harness._flop_per_s("cpu") == 2 * 512**3 / 0.02
+    assert seen == [("highest", 512)]
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_last_level_caches_add_up(harness, tmp_path):
+    for cpu, level, size, shared in (
+        (0, 2, "2048K", "0"),
+        (1, 2, "2048K", "1"),
+        (0, 3, "32768K", "0-1"),
+        (1, 3, "32768K", "0-1"),
+        (2, 3, "32768K", "2-3"),
+    ):
+        folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{level}"
+        folder.mkdir(parents=True)
+        for name, text in (("size", size), ("level", level), ("shared_cpu_list", shared)):
+            (folder / name).write_text(f"{text}\n")
+    assert harness._last_level_cache_bytes(tmp_path) == 64 << 20
+    assert harness._last_level_cache_bytes(tmp_path / "absent") == 0
+    assert harness._copy_bytes("cpu") >= 1 << 20
+
+
+def test_the_table_shows_floor_and_share(records, floor):
+    rows = [records.Row("ours", 8.0, 7.0, 9.0, 2.5, 0.0)]
+    text = "\n".join(records.table("case", rows, floor))
+    assert "floor 4.0 ms, arithmetic binds: 4.0 MFLOP at 1.0 GFLOP/s, 2.0 MB at 2.0 GB/s" in text
+    assert "50 %" in text and "<0.5" in text
+    assert "floor" not in "\n".join(records.table("case", rows))
+
+
+# ------------------------------------------------------------------------------------- files
+def test_written_rows_can_be_read_back(harness, records, floor, tmp_path):
+    rows = [
+        harness.Row("peer", *[None] * 5, peer=True, not_run="absent"),
+        harness.Row("ours", 1.0, 0.5, 2.0, 3.0, None, 2.5, 3.5, False, "cpu"),
+    ]
+    path = harness.save("upsample", {"noise": rows}, tmp_path / "results", {"noise": floor})
+    record = records.read(path)
+    assert record.benchmark == "upsample"
+    assert record.cases == {"noise": rows}
+    assert record.floors == {"noise": floor}
+    assert record.machine["torch"] == torch.__version__
+    written = json.loads(path.read_text())["floors"]["noise"]
+    assert (written["floor_ms"], written["binds"]) == (4.0, "arithmetic")
+    assert written["work"] == {"flops": 4e6, "bytes": 2e6}
+    assert written["ceilings"] == {"flop_per_s": 1e9, "bytes_per_s": 2e9}
     assert [p.name for p in path.parent.iterdir()] == ["upsample.json"]
-    assert "ours" in "\n".join(harness.table("noise", rows))
+
+
+def test_files_without_floors_can_be_read(records, tmp_path):
+    row = {"contestant": "a", "ms": 2, "ms_p20": 1, "ms_p80": 4, "ratio": 3, "peak_mib": 0}
+    path = tmp_path / "old.json"
+    content = {"benchmark": "b", "machine": {}, "cases": {"case": [row | {"unknown": 1}]}}
+    path.write_text(json.dumps(content))
+    record = records.read(path)
+    assert record.cases["case"] == [records.Row(**row)]
+    assert record.floors == {}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("results/*/*.json")), ids=lambda p: p.stem)
+def test_committed_results_can_be_read(records, path):
+    assert any(records.read(path).cases.values())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"cases": {"a": [{"ms": 1}]}}', '{"cases": 1}'])
+def test_other_files_are_refused(records, tmp_path, text):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"not a result file.*other\.json"):
+        records.read(path)
+
+
+def test_numbers_keep_their_digits(records):
+    assert [records.milliseconds(v) for v in (None, 0.0412, 0.6971, 2.379, 99.96, 1642.4)] == [
+        "",
+        "0.0412",
+        "0.697",
+        "2.38",
+        "100",
+        "1,642",
+    ]
+    assert [records.ratio(v) for v in (None, 0.19, 1, 12.34, 197.4)] == [
+        "",
+        "0.190x",
+        "1.00x",
+        "12.3x",
+        "197x",
+    ]
+    assert [records.percent(v) for v in (0.00019, 0.0306, 0.98, 1.1)] == [
+        "0.019 %",
+        "3.1 %",
+        "98 %",
+        "110 %",
+    ]
+
+
+# ------------------------------------------------------------------------------------- comparison
+def write(records, path, ratios, **others):
+    """A file whose contestants have these (p20, ratio, p80)."""
+    rows = [records.Row("peer", 10, 9, 11, 1, 0, 1, 1, True)]
+    rows += [
+        records.Row(name, 10 / ratio, 9 / ratio, 11 / ratio, ratio, 0, low, high, False)
+        for name, (low, ratio, high) in ratios.items()
+    ]
+    rows += [records.Row(name, *[None] * 5, not_run=reason) for name, reason in others.items()]
+    records.write(records.Record("toy", {"torch": path.stem}, {"case [1]": rows}), path)
+    return path
+
+
+def test_comparison_marks_what_leaves_the_spread(modules, records, tmp_path):
+    old = write(
+        records,
+        tmp_path / "old.json",
+        {"up": (9, 10, 11), "down": (9, 10, 11), "same": (9, 10, 11), "left": (1, 2, 3)},
+        compiled="no compiler",
+    )
+    new = write(
+        records,
+        tmp_path / "new.json",
+        {"up": (12, 13, 14), "down": (6, 7, 8), "same": (10, 12, 14), "fresh": (1, 2, 3)},
+        compiled="no compiler",
+    )
+    changes = modules["compare"].changes(records.read(old), records.read(new))["case [1]"]
+    assert {change.contestant: change.verdict for change in changes} == {
+        "peer": "",
+        "up": "faster",
+        "down": "slower",
+        "same": "",
+        "fresh": "new",
+        "compiled": "",
+        "left": "gone",
+    }
+    assert {c.contestant: c.factor for c in changes}["up"] == 1.3
+
+    result = run(modules["compare"].compare, old, new)
+    assert result.exit_code == 0, result.output
+    assert "1 faster, 1 slower beyond the spread" in result.output
+    assert "torch differs: old and new" in result.output
+    lines = {line.split()[0]: line.split() for line in result.output.splitlines() if line.split()}
+    assert lines["up"] == ["up", "10.0x", "13.0x", "1.30x", "faster"]
+    assert lines["compiled"] == ["compiled", "not", "run", "not", "run"]
+    assert "case [1]" in result.output
+    assert run(modules["compare"].compare, old, new, "--strict").exit_code == 1
+    assert run(modules["compare"].compare, old, old, "--strict").exit_code == 0
+
+
+def test_comparison_with_a_contestant_that_no_longer_runs(modules, records):
+    ran = records.Row("a", 1, 1, 1, 2, None)
+    absent = records.Row("a", *[None] * 5, not_run="absent")
+    change = modules["compare"].Change("a", ran, absent)
+    assert (change.factor, change.verdict) == (None, "not comparable")
+
+
+def test_spread_of_files_that_have_it_of_times_only(modules, records):
+    row = records.Row("a", ms=2, ms_p20=1, ms_p80=4, ratio=3, peak_mib=None)
+    assert modules["compare"].spread(row) == (1.5, 6)
+
+
+def test_comparison_of_what_is_no_result(modules, tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    result = run(modules["compare"].compare, tmp_path / "a.json", tmp_path / "absent.json")
+    assert result.exit_code == 2
+    assert "not a result file" in result.output
+
+
+# ------------------------------------------------------------------------------------- the page
+def test_the_page_has_every_figure(modules, records, floor, tmp_path):
+    folder = tmp_path / "my-machine"
+    machine = {"cpu": "A CPU", "gpu": None, "torch": "2.13", "commit": "abc"}
+    rows = [
+        records.Row("eager | plain", 20, 18, 22, 1, 150.04, 1, 1, True, "cpu"),
+        records.Row("compiled", *[None] * 5, peer=True, not_run="no <compiler>"),
+        records.Row("ours", 8, 7, 9, 2.5, 0.1, 2, 3, False, "cpu"),
+    ]
+    first = records.Record("first", machine, {"case": rows}, {"case": floor})
+    records.write(first, folder / "first.json")
+    second = replace(first, benchmark="second", machine=machine | {"commit": "def"}, floors={})
+    records.write(second, folder / "second.json")
+
+    result = run(modules["report"].report, folder, "--no-plot")
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "first.json", "second.json"]
+    text = (folder / "README.md").read_text()
+    assert text.startswith("# my-machine\n")
+    assert "| processor | A CPU |" in text and "GPU" not in text
+    assert "| cpu, copy, read + write | 2 GB/s |" in text
+    assert "## first\n\ncommit `abc`." in text and "## second\n\ncommit `def`." in text
+    assert "| eager \\| plain | 20.0 | 18.0 to 22.0 | 1.00x | 150.0 | 20 % |" in text
+    assert "| compiled | not run: no &lt;compiler> |  |  |  |  |" in text
+    assert "| ours | 8.00 | 7.00 to 9.00 | **2.50x** | &lt;0.5 | 50 % |" in text
+    assert "| ours | 8.00 | 7.00 to 9.00 | **2.50x** | &lt;0.5 |\n" in text  # without floors
+    assert "Floor 4.0 ms, arithmetic binds" in text
+
+
+def test_the_picture(modules, records, tmp_path):
+    pytest.importorskip("matplotlib")
+    write(records, tmp_path / "toy.json", {"ours": (9, 10, 11), "ours, slower": (2, 3, 4)})
+    record = records.read(tmp_path / "toy.json")
+    pictures = [tmp_path / "a.svg", tmp_path / "b.svg"]
+    assert all(modules["report"].draw([record], path) for path in pictures)
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    nothing = replace(record, cases={"case": record.cases["case [1]"][:1]})
+    assert modules["report"].draw([nothing], tmp_path / "c.svg") is False
+    assert not (tmp_path / "c.svg").exists()
+
+
+def test_no_page_without_results(modules, tmp_path):
+    result = run(modules["report"].report, tmp_path, "--no-plot")
+    assert result.exit_code == 2
+    assert "no result files" in result.output
