@@ -257,6 +257,7 @@ def test_ceilings_are_measured_once(harness, monkeypatch):
 
 def test_flop_rate_is_of_full_precision(harness, monkeypatch):
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
     seen = []
 
     def seconds(function, repeats=4):
@@ -264,9 +265,12 @@ def test_flop_rate_is_of_full_precision(harness, monkeypatch):
         return 0.02  # the second size is then the last
 
     monkeypatch.setattr(harness, "_best_seconds", seconds)
-    assert harness._flop_per_s("cpu") == 2 * 512**3 / 0.02
-    assert seen == [("highest", 512)]
-    assert torch.get_float32_matmul_precision() == before
+    try:
+        assert harness._flop_per_s("cpu") == 2 * 512**3 / 0.02
+        assert seen == [("highest", 512)]
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_last_level_caches_add_up(harness, tmp_path):
@@ -292,6 +296,54 @@ def test_the_table_shows_floor_and_share(records, floor):
     assert "floor 4.0 ms, arithmetic binds: 4.0 MFLOP at 1.0 GFLOP/s, 2.0 MB at 2.0 GB/s" in text
     assert "50 %" in text and "<0.5" in text
     assert "floor" not in "\n".join(records.table("case", rows))
+
+
+# ------------------------------------------------------------------------------------- fixtures
+TOY = """
+import harness
+from harness import Work
+
+harness._ceilings = lambda device, threads: harness.Ceilings(1e9, 1e9)
+
+
+def test_toy(contest, compiled):
+    rows = contest(
+        "toy",
+        {"eager": lambda: 1, "torch.compile": compiled(abs, -1), "ours": lambda: 1},
+        check=lambda name, result: None,
+        rounds=1,
+        peers=2,
+        work=Work(flops=1e3, bytes=1),
+    )
+    assert [row.peer for row in rows] == [True, True, False]
+
+
+def test_without_work_and_without_ours(contest):
+    contest("bare", {"eager": lambda: 1, "ours": harness.not_run("absent")})
+"""
+
+
+def test_a_benchmark_run_from_fixture_to_file(records, tmp_path, monkeypatch, capsys):
+    for name in ("conftest.py", "harness.py", "records.py"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    (tmp_path / "bench_toy.py").write_text(TOY)
+    for name in ("conftest", *MODULES):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    arguments = ["-q", "-p", "no:cacheprovider", "--benchmark-only", "--save-results"]
+    # Another folder as root: no settings of this repository, and no file of it is touched.
+    status = pytest.main([*arguments, f"--rootdir={tmp_path}", str(tmp_path / "bench_toy.py")])
+    for name in ("conftest", "bench_toy", *MODULES):
+        sys.modules.pop(name, None)
+    output = capsys.readouterr().out
+    assert status == 0, output
+    assert "toy: toy" in output and "floor 0.001 ms, arithmetic binds" in output
+    assert "torch.compile  not run: needs --with-compile" in output
+    (path,) = tmp_path.glob("results/*/toy.json")
+    record = records.read(path)
+    assert [row.contestant for row in record.cases["toy"]] == ["eager", "torch.compile", "ours"]
+    assert set(record.cases) == {"toy", "bare"} and set(record.floors) == {"toy"}
+    assert record.cases["bare"][1].not_run == "absent"
 
 
 # ------------------------------------------------------------------------------------- files
