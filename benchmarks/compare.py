@@ -8,6 +8,7 @@ machine better than a time does. A change counts as one when the two ranges from
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -73,6 +74,11 @@ def changes(old: Record, new: Record) -> dict[str, list[Change]]:
     return result
 
 
+def quickest_peer(rows: Sequence[Row]) -> str | None:
+    """Name of the contestant that ratios are against; None if no peer ran."""
+    return next((r.contestant for r in rows if r.ratio == 1 and r.peer is not False), None)
+
+
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
@@ -122,7 +128,13 @@ def compare(
                 verdict,
                 style=STYLES.get(verdict),
             )
-        console.print(table, "")
+        console.print(table)
+        peers = [quickest_peer(record.cases.get(case, [])) for record in (before, after)]
+        if None not in peers and peers[0] != peers[1]:
+            # A comparison of unlike things, such as when only one run let torch.compile take part.
+            text = f"ratios are against other peers: {peers[0]} and {peers[1]}"
+            console.print(text, style="yellow", markup=False)
+        console.print()
     console.print(f"{counts['faster']} faster, {counts['slower']} slower beyond the spread")
     if strict and counts["slower"]:
         raise typer.Exit(1)

@@ -462,6 +462,19 @@ def test_comparison_marks_what_leaves_the_spread(modules, records, tmp_path):
     assert run(modules["compare"].compare, old, old, "--strict").exit_code == 0
 
 
+def test_comparison_against_another_peer_says_so(modules, records, tmp_path):
+    old = write(records, tmp_path / "old.json", {"ours": (9, 10, 11)})
+    record = records.read(old)
+    (rows,) = record.cases.values()
+    compiled = [replace(rows[0], contestant="compiled"), rows[0], rows[1]]
+    compiled[1:] = [replace(row, ratio=row.ratio / 2) for row in compiled[1:]]
+    new = tmp_path / "new.json"
+    records.write(replace(record, cases={"case [1]": compiled}), new)
+    text = "ratios are against other peers"
+    assert f"{text}: peer and compiled" in run(modules["compare"].compare, old, new).output
+    assert text not in run(modules["compare"].compare, old, old).output
+
+
 def test_comparison_with_a_contestant_that_no_longer_runs(modules, records):
     ran = records.Row("a", 1, 1, 1, 2, None)
     absent = records.Row("a", *[None] * 5, not_run="absent")
