@@ -8,7 +8,7 @@ ratio is the median over the rounds of (quickest peer's time / contestant's time
 its best form, and less at the mercy of a busy machine than a time.
 
 Beside the times stands a floor: the least work of the problem over what this machine reaches in a
-matrix product and in a copy, measured in the same session (`ceilings`).
+matrix product and in a copy, measured in the same run (`ceilings`).
 """
 
 import ctypes

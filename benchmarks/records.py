@@ -72,7 +72,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reached in float32, measured in the session of the timings.
+    """What a device reached in float32, measured in the run of the timings.
 
     Attributes:
         flop_per_s: of a large matrix product.

@@ -102,7 +102,7 @@ def _machine_text(key: str, value: Any) -> str:
 
 
 def _ceilings(records: Iterable[Record]) -> list[str]:
-    """The span of what was measured, by device: every session measures its own."""
+    """The span of what was measured, by device: every run measures its own."""
     lines = []
     floors = [floor for record in records for floor in record.floors.values()]
     for device in dict.fromkeys(floor.device for floor in floors):

@@ -237,7 +237,7 @@ def test_the_longer_of_two_binds(records, floor):
 
 
 def test_ceilings_are_measured_once(harness, monkeypatch):
-    # Smaller than a real session's, whose copy has to pass the last-level cache.
+    # Smaller than a real run's, whose copy has to pass the last-level cache.
     sizes = []
     monkeypatch.setattr(harness, "_copy_bytes", lambda device: sizes.append(device) or 1 << 20)
     monkeypatch.setattr(harness, "_flop_per_s", lambda device: 1e9)
