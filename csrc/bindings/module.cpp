@@ -41,4 +41,5 @@ Raises:
 
   bind_upsampling(m);
   bind_upsample_argmax(m);
+  bind_upsample_cross_entropy(m);
 }
