@@ -441,7 +441,7 @@ T single_pixel(const View<T>& view, const Corners<const T*>& corners,
   Values<T> sums{};
   for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
     const Values<T> v = (load(values + k) - top) * T(kLog2E);
-    const Values<T> e = v > FloatFormat<T>::min_exponent ? exp2<T>(v) : Values<T>{};
+    const Values<T> e = v > kLowest<T> ? exp2<T>(v) : Values<T>{};
     store(values + k, e);
     sums += e;
   }

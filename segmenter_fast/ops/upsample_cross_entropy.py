@@ -1,7 +1,7 @@
 """Cross-entropy of bilinearly upsampled patch logits with a label map, and its gradient.
 
-With z as in ops/upsample.py, t the pixel's label, w the class weights (1 if none are given), W their
-sum, s the label smoothing, K classes, p = softmax(z) and lse = log sum_c exp(z_c):
+With z as in ops/upsample.py, t the pixel's label, w the class weights (1 if none are given), W
+their sum, s the label smoothing, K classes, p = softmax(z) and lse = log sum_c exp(z_c):
 
     loss = (1 - s) w_t (lse - z_t) + s/K sum_c w_c (lse - z_c)
     dloss/dz_c = ((1 - s) w_t + s/K W) p_c - (1 - s) w_t [c = t] - s/K w_c
@@ -10,14 +10,14 @@ sum, s the label smoothing, K classes, p = softmax(z) and lse = log sum_c exp(z_
 Pixels whose label is ignore_index have loss and gradient 0. "sum" adds the losses of the pixels up,
 "mean" divides that by the sum of w_t over the pixels that are not ignored, "none" keeps them.
 
-The native kernel stores nothing of the size of z. For "mean" and "sum" the gradient comes out of the
-same pass as the loss, and backward multiplies it by a number. For "none" backward is a pass of its
-own, which computes lse once more rather than keep it.
+The native kernel stores nothing of the size of z. For "mean" and "sum" the gradient comes out of
+the same pass as the loss, and backward multiplies it by a number. For "none" backward is a pass of
+its own, which computes lse once more rather than keep it.
 
-NaN and infinite logits give what PyTorch gives: every pixel that reads a NaN or +inf has loss NaN and
-passes NaN to the gradients of all classes in its four patches, even if it is ignored, while -inf is a
-class of probability 0. The kernel treats the cells of the patch grid that have such a corner pixel by
-pixel, and so it does with finite neighbours that are sure of different classes by more than 40 nats.
+NaN and infinite logits give what PyTorch gives: a pixel that reads a NaN or +inf has loss NaN and
+passes NaN to the gradients of all classes in its four patches, even if it is ignored; -inf is a
+class of probability 0. The kernel goes through the cells of the patch grid that have such a corner
+pixel by pixel, and so it does where neighbours are sure of different classes by some 40 nats.
 """
 
 from collections.abc import Sequence
