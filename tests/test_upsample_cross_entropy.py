@@ -245,21 +245,21 @@ def test_65535_classes():
 
 
 # ------------------------------------------------------------------------------------- spreads
-@pytest.mark.parametrize("spread", [20, 27, 41, 42, 60, 69, 70, 85, 100, 700, 750, 1e4, 1e30])
+@pytest.mark.parametrize("spread", [20, 60, 82, 84, 90, 110, 112, 120, 650, 700, 900, 1e4, 1e30])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_neighbours_sure_of_different_classes(spread, reduction, dtype):
     logits = noise((1, 5, 3, 4), dtype)
     for i in range(12):
         logits[0, i % 5, i // 4, i % 4] += spread
-    for size in ((24, 32), (31, 45), (2, 3)):
+    for size in ((24, 32), (31, 45), (7, 8), (2, 9), (2, 3)):  # up to kMaxStep, and beyond
         target = random_target((1, *size), 5)
         options = {"label_smoothing": 0.1, "reduction": reduction}
         hold_to_oracle(logits, target)
         hold_to_oracle(logits, target, weight=torch.linspace(1, 2, 5), **options)
 
 
-@pytest.mark.parametrize("low", [-60, -69, -72, -90, -110, -1e4, -1e37])
+@pytest.mark.parametrize("low", [-60, -80, -84, -110, -112, -120, -1e4, -1e37])
 def test_classes_of_no_importance(low):
     logits = noise((1, 21, 3, 4))
     logits[:, 3:9] += low  # everywhere
@@ -550,11 +550,17 @@ def hold_drawn_case_to_oracle(data: st.DataObject) -> None:
     _, losses, gradient = run_kernel(
         shown, target, (H, W), crop, weight, smoothing, upstream=upstream, threads=draw(1, 3)
     )
+    # One pixel's error in PyTorch may be small by chance. Beside the oracle, allow what is not: the
+    # rounding of the terms of a loss or gradient, and that of the logits they are computed from.
+    largest = 1.0 if weight is None else weight.max().item()
+    rounding = (4 + (logits.max() - logits.min()).item()) * torch.finfo(dtype).eps * largest
+    allowed = {"losses": rounding, "gradient": rounding * upstream.abs().max().item()}
     ours = (torch.from_numpy(losses), torch.from_numpy(gradient))
-    for name, *results in zip(
-        ("losses", "gradient"), ours, expected(dtype), expected(torch.float64), strict=True
+    for name, own, theirs, exact in zip(
+        allowed, ours, expected(dtype), expected(torch.float64), strict=True
     ):
-        assert_within_rounding(name, *results)
+        if (own - exact).abs().max() > allowed[name]:
+            assert_within_rounding(name, own, theirs, exact)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)

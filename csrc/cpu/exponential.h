@@ -49,15 +49,17 @@ struct FloatFormat<double> {
                                           1.3691488853904124e-12};
 };
 
-// 2^x for x up to the largest exponent. Below the smallest normal number's exponent, and for NaN,
-// the result is that number: negligible beside a sum of exponentials, yet never zero to divide by.
-// Callers that must tell apart infinities and NaN do so themselves.
+// 2^(x + offset) for x + offset up to the largest exponent. Below the smallest normal number's
+// exponent, and for NaN, the result is that number: negligible beside a sum of exponentials, yet
+// never zero to divide by. Callers that must tell apart infinities and NaN do so themselves. The
+// offset is a small whole number, which costs nothing and does not round.
 template <typename T>
-inline Values<T> exp2(Values<T> x) {
+inline Values<T> exp2(Values<T> x, T offset = 0) {
   using Format = FloatFormat<T>;
-  x = x > Format::min_exponent ? x : splat(Format::min_exponent);
-  const Values<T> shifted = x + Format::round_magic;  // its low bits hold round(x)
-  const Values<T> r = x - (shifted - Format::round_magic);
+  const T smallest = Format::min_exponent - offset, magic = Format::round_magic + offset;
+  x = x > smallest ? x : splat(smallest);
+  const Values<T> shifted = x + magic;  // its low bits hold round(x) + offset
+  const Values<T> r = x - (shifted - magic);
   constexpr int n = sizeof(Format::exp2_terms) / sizeof(T);
   Values<T> power = splat(Format::exp2_terms[n - 1]);
   for (int i = n - 2; i >= 0; --i) power = power * r + Format::exp2_terms[i];

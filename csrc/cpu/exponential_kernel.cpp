@@ -6,6 +6,11 @@
 namespace segmenter {
 namespace {
 
+template <typename T>
+Values<T> exp2_of(Values<T> x) {
+  return exp2<T>(x);
+}
+
 template <typename T, Values<T> function(Values<T>)>
 void map(const T* x, T* y, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes<T>) {
@@ -22,8 +27,8 @@ void map(const T* x, T* y, int64_t n) {
 namespace SEGMENTER_SIMD_LEVEL {
 
 const ExponentialKernels exponential_kernels = {
-    {map<float, exp2<float>>, map<float, log2<float>>},
-    {map<double, exp2<double>>, map<double, log2<double>>},
+    {map<float, exp2_of<float>>, map<float, log2<float>>},
+    {map<double, exp2_of<double>>, map<double, log2<double>>},
 };
 
 }  // namespace SEGMENTER_SIMD_LEVEL

@@ -112,8 +112,9 @@ CrossEntropyResult run(const Upsampling& u, const CrossEntropy& c,
   const AxisTables<T> cols(u.w, u.W, u.left, u.width, std::numeric_limits<int64_t>::max());
   const Weights<T> row_weights(rows, u.h, u.H, u.top, u.height);
   const Weights<T> col_weights(cols, u.w, u.W, u.left, u.width);
-  const std::vector<Chunk<T>> chunks =
-      col_weights.chunks(cols.runs, static_cast<T>(double(u.w) / double(u.W)), kernel.max_chunk);
+  const double step = double(u.w) / double(u.W);
+  const std::vector<Chunk<T>> chunks = col_weights.chunks(
+      cols.runs, static_cast<T>(step), step <= kMaxStep ? kernel.max_chunk : 1);
 
   UpsampleCrossEntropyView<T> view{};
   view.logits = static_cast<const T*>(u.logits);
@@ -158,10 +159,10 @@ CrossEntropyResult run(const Upsampling& u, const CrossEntropy& c,
   view.keep = static_cast<T>(1 - c.label_smoothing);
   view.spread = static_cast<T>(spread);
   view.spread_weight = static_cast<T>(spread * weight_sum);
-  // NaN, and then no upstream passes for small, when a weight is NaN or infinite: the sum is.
+  // Not a number, and then no upstream passes for moderate, when a weight is NaN or infinite.
   const double largest_factor = largest_weight + std::abs(spread * weight_sum);
-  view.largest_upstream =
-      static_cast<T>(std::min(kLargestFactor / (1 + largest_factor), kLargestFactor));
+  view.largest_upstream = static_cast<T>(std::min(kLargestFactor / largest_factor, 1e30));
+  view.smallest_upstream = static_cast<T>(kSmallestFactor / std::max(1e-30, largest_factor));
 
   const int64_t n_patches = u.B * u.h * view.columns;
   const bool smooth = c.label_smoothing != 0;

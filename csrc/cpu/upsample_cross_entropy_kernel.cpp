@@ -46,16 +46,36 @@
 namespace segmenter {
 namespace {
 
-// In the units of the packed logits. A cell in which every class stays above kLowest and one class
-// above kSure has 2^kSure <= S, normal numbers for all exponentials and, with factors up to
-// kLargestFactor = 2^20, polynomials below
-//   kMaxChunk kLargestFactor 2^-kLowest = 2^124 (float), 2^1020 (double).
-// Classes that are below kLowest in all four corners may be lifted to it: their probability is below
-// 2^(kLowest - kSure) = 2^-40, 2^-398 either way.
+// How small packed logits may be in a cell that is summed as a whole; units of log 2. Exponentials
+// are kept times 2^kOffset, since they fill only one half of the exponents otherwise.
+//  - One class stays above kSure, so that S >= 2^kSure is a normal number.
+//  - Every class stays above kLowest, so that all exponentials are normal numbers and, with factors
+//    up to kLargestFactor, polynomials are below
+//      kMaxChunk kLargestFactor 2^-(kLowest + kOffset) = 2^124 (float), 2^1014 (double).
+//    Classes that are below kLowest in all four corners may be lifted to it: their probability is
+//    less than 2^(kLowest - kSure) either way, 2^-40 or 2^-340.
+//  - Chunks of more than one pixel have step <= kMaxStep, so that the square of a ratio, up to
+//    2^(-2 kMaxStep kLowest) = 2^120 or 2^975, is a number too.
 template <typename T>
-constexpr T kLowest = FloatFormat<T>::min_exponent + 26;
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float lowest = -160, sure = -120, offset = 60, scale = 0x1p-60f;
+};
+template <>
+struct Range<double> {
+  static constexpr double lowest = -1300, sure = -960, offset = 310, scale = 0x1p-310;
+};
 template <typename T>
-constexpr T kSure = T(0.6) * kLowest<T>;
+constexpr T kLowest = Range<T>::lowest;
+template <typename T>
+constexpr T kSure = Range<T>::sure;
+template <typename T>
+constexpr T kOffset = Range<T>::offset;
+
+// Pixel by pixel, an exponential below 2^kNegligible of the largest counts as 0.
+template <typename T>
+constexpr T kNegligible = FloatFormat<T>::min_exponent + 26;
 
 // Pixels per call of the kernels: the sums of so many leave registers for the progressions.
 template <typename T>
@@ -147,7 +167,7 @@ struct Cell {
   int64_t K_padded;
 };
 
-// sums[x] = S(x) for the first N pixels of one output row of the cell; leaves the progressions in
+// sums[x] = 2^kOffset S(x) for the first N pixels of one output row of the cell; leaves the progressions in
 // cell.first and cell.ratio. Even and odd pixels are two progressions of their own: half as long,
 // they round half as often, and their multiplications overlap.
 template <typename T, int N>
@@ -160,7 +180,7 @@ void sum_exponentials(const Cell<T>& shared, T wy0, T wy1, T* sums) {
     const Values<T> left = blend(load(cell.logits.a + k), load(cell.logits.c + k), wy0, wy1);
     const Values<T> right = blend(load(cell.logits.b + k), load(cell.logits.d + k), wy0, wy1);
     const Values<T> slope = right - left;
-    Values<T> even = exp2<T>(left + slope * cell.w1);
+    Values<T> even = exp2<T>(left + slope * cell.w1, kOffset<T>);
     store(cell.first + k, even);
     if constexpr (N == 1) {
       total[0] += even;
@@ -414,18 +434,15 @@ T single_pixel(const View<T>& view, const Corners<const T*>& corners,
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const int64_t K = view.K, K_padded = view.K_padded;
   Values<T> largest = splat(-infinity);
+  Integers<T> nan{};
   for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
     const Values<T> v = load(corners.a + k) * weights.a + load(corners.b + k) * weights.b +
                         (load(corners.c + k) * weights.c + load(corners.d + k) * weights.d);
     store(values + k, v);
-  }
-  for (int64_t k = K; k < K_padded; ++k) values[k] = -infinity;
-  Integers<T> nan{};
-  for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
-    const Values<T> v = load(values + k);
     nan |= v != v;
     largest = greater(v, largest);
   }
+  for (int64_t k = K; k < K_padded; ++k) values[k] = -infinity;
   const T top = largest_lane<T>(largest);
   const bool defined = top > -infinity && top < infinity && !any_lane<T>(nan);
 
@@ -441,7 +458,7 @@ T single_pixel(const View<T>& view, const Corners<const T*>& corners,
   Values<T> sums{};
   for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
     const Values<T> v = (load(values + k) - top) * T(kLog2E);
-    const Values<T> e = v > kLowest<T> ? exp2<T>(v) : Values<T>{};
+    const Values<T> e = v > kNegligible<T> ? exp2<T>(v) : Values<T>{};
     store(values + k, e);
     sums += e;
   }
@@ -474,7 +491,7 @@ T single_pixel(const View<T>& view, const Corners<const T*>& corners,
   return loss;
 }
 
-// Copies the corners' logits as they were given.
+// Copies the corners' logits as they were given; entries from K on repeat the last class.
 template <typename T>
 Corners<const T*> read_given(const View<T>& view, int64_t image, const Run& ys,
                              const Chunk<T>& chunk, T* const* given) {
@@ -484,7 +501,7 @@ Corners<const T*> read_given(const View<T>& view, int64_t image, const Run& ys,
     pack_class_last(view.logits + image * view.stride_b + y[i] * view.stride_y +
                         x[i] * view.stride_x,
                     view.stride_k, view.stride_x, view.K, 1, view.K_padded, given[i]);
-    for (int64_t k = view.K; k < view.K_padded; ++k) given[i][k] = 0;
+    for (int64_t k = view.K; k < view.K_padded; ++k) given[i][k] = given[i][view.K - 1];
   }
   return {given[0], given[1], given[2], given[3]};
 }
@@ -529,7 +546,7 @@ Values<T> row_of_chunk(const View<T>& view, const Cell<T>& cell, const ChunkCorn
   Values<T> sums{};
   for (int64_t x = 0; x < chunk.end - chunk.begin; x += kLanes<T>) {
     const Values<T> total = load(totals + x), factor = load(factors + x);
-    const Values<T> log_total = log2<T>(total);
+    const Values<T> log_total = log2<T>(total * Range<T>::scale);
     store(lse + x, log_total);
     sums += factor * log_total;
     const Values<T> coefficient = factor / total;
@@ -541,13 +558,19 @@ Values<T> row_of_chunk(const View<T>& view, const Cell<T>& cell, const ChunkCorn
   return sums;
 }
 
-// Whether no product with these factors of the loss can overflow; false for NaN.
+// Whether no product with these pixels' factors of the loss overflows, and their largest is not lost
+// in one that underflows; false for NaN.
 template <typename T>
 bool is_moderate(const View<T>& view, const T* upstream, int64_t n) {
-  if (!upstream) return T(1) <= view.largest_upstream;
+  T largest = upstream ? T(0) : T(1);
   bool moderate = true;
-  for (int64_t x = 0; x < n; ++x) moderate &= std::abs(upstream[x]) <= view.largest_upstream;
-  return moderate;
+  for (int64_t x = 0; upstream && x < n; ++x) {
+    const T size = std::abs(upstream[x]);
+    moderate &= size <= view.largest_upstream;
+    largest = greater(largest, size);
+  }
+  return moderate && largest <= view.largest_upstream &&
+         (largest >= view.smallest_upstream || largest == 0);
 }
 
 template <typename T, typename Label>

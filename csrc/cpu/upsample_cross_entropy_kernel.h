@@ -60,7 +60,8 @@ struct UpsampleCrossEntropyView {
   T keep;               // 1 - s
   T spread;             // s/K
   T spread_weight;      // s/K W
-  T largest_upstream;   // beyond it a product could overflow
+  // Rows whose largest upstream is outside these, and not 0, go pixel by pixel.
+  T smallest_upstream, largest_upstream;
   int64_t ignore_index;
 
   T* losses;    // (B, height, width) or null
@@ -87,8 +88,12 @@ struct CrossEntropySums {
   int64_t valid_pixels, wrong_labels;
 };
 
-// Factors A up to this size times upstream cannot overflow a polynomial, see the kernel.
-constexpr double kLargestFactor = 1 << 20;
+// Factors A times upstream up to the largest size cannot overflow a polynomial, see the kernel; if
+// the largest of a row is not below the smallest, nothing that matters beside it underflows.
+constexpr double kLargestFactor = 0x1p20, kSmallestFactor = 0x1p-40;
+// Nor can the ratio between pixels this far apart, in patches. Chunks have one column if their step
+// is larger: with fewer than three columns to a cell a progression saves nothing.
+constexpr double kMaxStep = 0.375;
 
 template <typename T>
 struct UpsampleCrossEntropyFunctions {
