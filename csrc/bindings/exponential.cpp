@@ -1,5 +1,4 @@
 #include "../cpu/exponential_kernel.h"
-
 #include "bindings.h"
 
 namespace segmenter {
@@ -11,8 +10,8 @@ void apply(Function function, uintptr_t x_ptr, uintptr_t y_ptr, int64_t n,
            const std::string& dtype) {
   const ExponentialKernels& table = SEGMENTER_KERNELS(simd_level(), exponential_kernels);
   if (choose("dtype", dtype, kFloatTypes) == FloatType::float32) {
-    function(table.float32, reinterpret_cast<const float*>(x_ptr),
-             reinterpret_cast<float*>(y_ptr), n);
+    function(table.float32, reinterpret_cast<const float*>(x_ptr), reinterpret_cast<float*>(y_ptr),
+             n);
   } else {
     function(table.float64, reinterpret_cast<const double*>(x_ptr),
              reinterpret_cast<double*>(y_ptr), n);

@@ -1,6 +1,7 @@
-// 2^x to within 1.5 ulp and log2(x) to within 2.7 ulp on vectors of lanes. For kernels only. Softmax
-// kernels work in base 2: logits are multiplied by log2(e) once per patch, and every exponential of
-// a pixel is then a power of two, whose whole part is an addition to the floating-point exponent.
+// 2^x to within 1.5 ulp and log2(x) to within 2.7 ulp on vectors of lanes. For kernels only.
+// Softmax kernels work in base 2: logits are multiplied by log2(e) once per patch, and every
+// exponential of a pixel is then a power of two, whose whole part is an addition to the
+// floating-point exponent.
 #pragma once
 
 #include <cstdint>
@@ -40,13 +41,12 @@ struct FloatFormat<double> {
   static constexpr double two_log2e = 2.8853900817779268;
   static constexpr double two_log2e_rest = 4.0710547481862066e-17;
   // ln(2)^(n+1) / (n+1)!, the Taylor series: the first term left out is 4e-18.
-  static constexpr double exp2_terms[] = {0.69314718055994529,    0.24022650695910069,
-                                          0.055504108664821576,   0.0096181291076284769,
-                                          0.0013333558146428441,  0.00015403530393381606,
-                                          1.5252733804059837e-05, 1.3215486790144307e-06,
-                                          1.0178086009239696e-07, 7.0549116208011209e-09,
-                                          4.4455382718708101e-10, 2.5678435993488196e-11,
-                                          1.3691488853904124e-12};
+  static constexpr double exp2_terms[] = {
+      0.69314718055994529,    0.24022650695910069,    0.055504108664821576,
+      0.0096181291076284769,  0.0013333558146428441,  0.00015403530393381606,
+      1.5252733804059837e-05, 1.3215486790144307e-06, 1.0178086009239696e-07,
+      7.0549116208011209e-09, 4.4455382718708101e-10, 2.5678435993488196e-11,
+      1.3691488853904124e-12};
 };
 
 // 2^(x + offset) for x + offset up to the largest exponent. Below the smallest normal number's
@@ -69,7 +69,7 @@ inline Values<T> exp2(Values<T> x, T offset = 0) {
 
 // log2(x) for positive normal x: with x = 2^e m, m in [sqrt(1/2), sqrt(2)) and s = (m-1)/(m+1),
 //   log2(x) = e + 2 log2(e) (s + s^3/3 + s^5/5 + ...).
-// The first coefficient is taken as the sum of two numbers, or its rounding would show in the result.
+// The first coefficient is taken as the sum of two numbers, or its rounding would show.
 template <typename T>
 inline Values<T> log2(Values<T> x) {
   using Format = FloatFormat<T>;

@@ -113,8 +113,8 @@ CrossEntropyResult run(const Upsampling& u, const CrossEntropy& c,
   const Weights<T> row_weights(rows, u.h, u.H, u.top, u.height);
   const Weights<T> col_weights(cols, u.w, u.W, u.left, u.width);
   const double step = double(u.w) / double(u.W);
-  const std::vector<Chunk<T>> chunks = col_weights.chunks(
-      cols.runs, static_cast<T>(step), step <= kMaxStep ? kernel.max_chunk : 1);
+  const std::vector<Chunk<T>> chunks =
+      col_weights.chunks(cols.runs, static_cast<T>(step), step <= kMaxStep ? kernel.max_chunk : 1);
 
   UpsampleCrossEntropyView<T> view{};
   view.logits = static_cast<const T*>(u.logits);
@@ -174,7 +174,8 @@ CrossEntropyResult run(const Upsampling& u, const CrossEntropy& c,
   const int64_t n_row_sums = c.gradient ? u.B * view.rows.n_runs * 2 * view.columns : 0;
   const auto gradients = raw_memory<T>(n_row_sums * view.K_padded);
   const auto smoothing = raw_memory<T>(smooth ? n_row_sums : 0);
-  view.sums = {c.gradient ? gradients.get() : nullptr, smooth && c.gradient ? smoothing.get() : nullptr};
+  view.sums = {c.gradient ? gradients.get() : nullptr,
+               smooth && c.gradient ? smoothing.get() : nullptr};
 
   const std::vector<int64_t> patch_rows = rows_read(rows.runs);
   const int64_t n_patch_rows = static_cast<int64_t>(patch_rows.size());

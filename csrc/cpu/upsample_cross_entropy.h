@@ -1,6 +1,6 @@
-// Cross-entropy of bilinearly upsampled patch logits with a label map, forward and backward, without
-// ever storing anything of size K x H x W. With z the upsampled logits of a pixel, t its label,
-// w the class weights, W their sum, s the label smoothing and lse = log sum_c exp(z_c):
+// Cross-entropy of bilinearly upsampled patch logits with a label map, forward and backward;
+// nothing of size K x H x W is ever stored. With z the upsampled logits of a pixel, t its label, w
+// the class weights, W their sum, s the label smoothing and lse = log sum_c exp(z_c):
 //
 //   loss = (1 - s) w_t (lse - z_t) + s/K sum_c w_c (lse - z_c)
 //        = A lse - B z_t - C sum_c w_c z_c            B = (1 - s) w_t, C = s/K, A = B + C W

@@ -5,7 +5,7 @@
 // 1. Along one output row of a cell of the patch grid every logit is linear in x, so that its
 //    exponential is a geometric progression:
 //      z_k(x) = left_k + (right_k - left_k) (w1 + step x)     in units of log 2
-//      2^z_k(x) = first_k ratio_k^x,   first_k = 2^(z_k(0)),   ratio_k = 2^((right_k - left_k) step)
+//      2^z_k(x) = first_k ratio_k^x,  first_k = 2^z_k(0),  ratio_k = 2^((right_k - left_k) step)
 //    Two exponentials per class, row and cell take the place of one per class and pixel: the sum
 //    over the classes costs a multiplication and an addition per class and pixel. Backward, what a
 //    class receives from the row is a polynomial in its ratio,
@@ -14,17 +14,18 @@
 //    class, pixel and end. Lanes are classes.
 //
 // 2. Log-sum-exp is convex. With the log-softmax of each patch in the place of its logits, corners
-//    have log-sum-exp 0 and everything between them at most 0, so S <= 1: no pixel needs its largest
-//    logit subtracted. Neither loss nor gradient notices, since a pixel's logits all change by the
-//    same amount, the interpolated log-sum-exp.
+//    have log-sum-exp 0 and everything between them at most 0, so S <= 1: no pixel needs its
+//    largest logit subtracted. Neither loss nor gradient notices, since a pixel's logits all change
+//    by the same amount, the interpolated log-sum-exp.
 //
 // 3. What S could lack is magnitude. `prepare_cell` bounds it from below by the corners, and a cell
 //    that fails (neighbours sure of different classes, NaN, infinity) goes pixel by pixel, from the
 //    logits as they were given and with PyTorch's roundings of the weights.
 //
 // 4. The part of the target's class: a stretch of pixels of one label t needs only the sums of
-//    their bilinear weights at the four corners, which are both the gradient's share of class t and,
-//    times the corners' logits of class t, the sum of z_t. Label smoothing is a stretch without t.
+//    their bilinear weights at the four corners. Those are the gradient's share of class t and,
+//    times the corners' logits of class t, the sum of z_t. Label smoothing needs the same sums, for
+//    sum_c w_c z_c is interpolated from patches like any logit: no loop over the classes.
 #include "upsample_cross_entropy_kernel.h"
 
 #include <cmath>
@@ -167,9 +168,9 @@ struct Cell {
   int64_t K_padded;
 };
 
-// sums[x] = 2^kOffset S(x) for the first N pixels of one output row of the cell; leaves the progressions in
-// cell.first and cell.ratio. Even and odd pixels are two progressions of their own: half as long,
-// they round half as often, and their multiplications overlap.
+// sums[x] = 2^kOffset S(x) for the first N pixels of one output row of the cell; leaves the
+// progressions in cell.first and cell.ratio. Even and odd pixels are two progressions of their own:
+// half as long, they round half as often, and their multiplications overlap.
 template <typename T, int N>
 void sum_exponentials(const Cell<T>& shared, T wy0, T wy1, T* sums) {
   const Cell<T> cell = shared;
@@ -263,7 +264,7 @@ bool prepare_cell(const Corners<T>& smallest, T* const* lifted, Cell<T>& cell) {
     const Values<T> low = lesser(lesser(a, b), lesser(c, d));
     const Values<T> high = greater(greater(a, b), greater(c, d));
     surest = greater(surest, low);
-    lost |= (low < kLowest<T>) & (high > kLowest<T>);
+    lost |= (low < kLowest<T>)&(high > kLowest<T>);
     lift(lifted[0] + k, a);
     lift(lifted[1] + k, b);
     lift(lifted[2] + k, c);
@@ -278,10 +279,10 @@ bool prepare_cell(const Corners<T>& smallest, T* const* lifted, Cell<T>& cell) {
 // The corners of a chunk outside the loops over the classes.
 template <typename T>
 struct ChunkCorners {
-  Corners<const T*> logits;   // packed
-  Corners<T> weighted;        // sum_c w_c logits[c], with label smoothing
-  Corners<T*> gradient;       // or null
-  Corners<T*> smoothing;      // or null
+  Corners<const T*> logits;  // packed
+  Corners<T> weighted;       // sum_c w_c logits[c], with label smoothing
+  Corners<T*> gradient;      // or null
+  Corners<T*> smoothing;     // or null
 };
 
 // Sums of bilinear weights over pixels of one label, see 4. at the top of the file.
@@ -365,9 +366,8 @@ inline int64_t stretch_end(const Label* target, int64_t begin, int64_t end) {
 // `stretch`. Returns whether any pixel counts. `target`, `upstream` and the weights begin at the
 // chunk's first pixel.
 template <typename T, typename Label>
-bool read_labels(const View<T>& view, const Chunk<T>& chunk, const Label* target,
-                 const T* upstream, T wy0, T wy1, LabelStretch<T>& stretch,
-                 CrossEntropySums& sums, T* factors) {
+bool read_labels(const View<T>& view, const Chunk<T>& chunk, const Label* target, const T* upstream,
+                 T wy0, T wy1, LabelStretch<T>& stretch, CrossEntropySums& sums, T* factors) {
   const int64_t n = chunk.end - chunk.begin;
   const T* w1 = view.col_weights.w1 + chunk.begin;
   bool any = false;
@@ -428,9 +428,8 @@ void write_losses(const View<T>& view, const ChunkCorners<T>& corners, const Chu
 // infinities and NaN included. `corners` are K_padded logits each, the weights PyTorch's own.
 // Returns the loss in natural units, without upstream.
 template <typename T>
-T single_pixel(const View<T>& view, const Corners<const T*>& corners,
-               const ChunkCorners<T>& chunk, const Corners<T>& weights, int64_t label, T upstream,
-               T* values) {
+T single_pixel(const View<T>& view, const Corners<const T*>& corners, const ChunkCorners<T>& chunk,
+               const Corners<T>& weights, int64_t label, T upstream, T* values) {
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const int64_t K = view.K, K_padded = view.K_padded;
   Values<T> largest = splat(-infinity);
@@ -498,9 +497,9 @@ Corners<const T*> read_given(const View<T>& view, int64_t image, const Run& ys,
   const int64_t y[4] = {ys.i0, ys.i0, ys.i1, ys.i1};
   const int64_t x[4] = {chunk.i0, chunk.i1, chunk.i0, chunk.i1};
   for (int i = 0; i < 4; ++i) {
-    pack_class_last(view.logits + image * view.stride_b + y[i] * view.stride_y +
-                        x[i] * view.stride_x,
-                    view.stride_k, view.stride_x, view.K, 1, view.K_padded, given[i]);
+    pack_class_last(
+        view.logits + image * view.stride_b + y[i] * view.stride_y + x[i] * view.stride_x,
+        view.stride_k, view.stride_x, view.K, 1, view.K_padded, given[i]);
     for (int64_t k = view.K; k < view.K_padded; ++k) given[i][k] = given[i][view.K - 1];
   }
   return {given[0], given[1], given[2], given[3]};
@@ -517,9 +516,8 @@ void single_pixels(const View<T>& view, const Corners<const T*>& given,
     const T wx0 = view.cols.w0[x], wx1 = view.cols.w1[x];
     const int64_t label = static_cast<const Label*>(view.target)[i];
     const T upstream = view.upstream ? view.upstream[i] : T(1);
-    const T loss = single_pixel(view, given, corners,
-                                {wx0 * wy0, wx1 * wy0, wx0 * wy1, wx1 * wy1}, label, upstream,
-                                values);
+    const T loss = single_pixel(view, given, corners, {wx0 * wy0, wx1 * wy0, wx0 * wy1, wx1 * wy1},
+                                label, upstream, values);
     if (view.losses) view.losses[i] = loss;
     if (is_class(view, label)) {
       sums.loss += double(upstream) * double(loss);
@@ -531,7 +529,7 @@ void single_pixels(const View<T>& view, const Corners<const T*>& given,
   }
 }
 
-// ------------------------------------------------------------------------------------ rows of cells
+// ------------------------------------------------------------------------------------ cells
 // One row of a chunk, all classes and pixels at once. Returns sum_x factors[x] lse[x] by lanes.
 template <typename T, typename Label>
 Values<T> row_of_chunk(const View<T>& view, const Cell<T>& cell, const ChunkCorners<T>& corners,
@@ -558,8 +556,8 @@ Values<T> row_of_chunk(const View<T>& view, const Cell<T>& cell, const ChunkCorn
   return sums;
 }
 
-// Whether no product with these pixels' factors of the loss overflows, and their largest is not lost
-// in one that underflows; false for NaN.
+// Whether no product with these pixels' upstream overflows, nor the largest of them is lost in one
+// that underflows; false for NaN.
 template <typename T>
 bool is_moderate(const View<T>& view, const T* upstream, int64_t n) {
   T largest = upstream ? T(0) : T(1);
@@ -612,10 +610,10 @@ void row_of_cells(const View<T>& view, const CrossEntropyScratch<T>& scratch, in
       corners.smoothing = at_corners(view.sums.smoothing, 1, own, own_lower);
     }
     const Corners<T*> smallest = at_corners(view.patches.smallest, 1, upper, lower);
-    Cell<T> cell = {corners.logits, corners.gradient, chunk.w1,       chunk.step,
+    Cell<T> cell = {corners.logits, corners.gradient, chunk.w1, chunk.step,
                     scratch.first,  scratch.ratio,    K_padded};
-    const bool whole = prepare_cell({*smallest.a, *smallest.b, *smallest.c, *smallest.d},
-                                    scratch.lifted, cell);
+    const bool whole =
+        prepare_cell({*smallest.a, *smallest.b, *smallest.c, *smallest.d}, scratch.lifted, cell);
     Corners<const T*> given{};  // read when a row first needs them
 
     LabelStretch<T> stretch(view, corners, sums);
@@ -634,8 +632,7 @@ void row_of_cells(const View<T>& view, const CrossEntropyScratch<T>& scratch, in
       const T wy0 = view.row_weights.w0[y], wy1 = view.row_weights.w1[y];
       const bool any = read_labels(view, chunk, target, upstream, wy0, wy1, stretch, sums, factors);
       if (any) {
-        weighted_lse +=
-            row_of_chunk(view, cell, corners, chunk, target, wy0, wy1, factors, losses);
+        weighted_lse += row_of_chunk(view, cell, corners, chunk, target, wy0, wy1, factors, losses);
       } else if (losses) {
         for (int64_t x = 0; x < n; ++x) losses[x] = 0;
       }

@@ -48,18 +48,18 @@ struct UpsampleCrossEntropyView {
   int64_t K, K_padded, h, w;
   int64_t stride_b, stride_k, stride_y, stride_x;
   int64_t height, width;
-  int64_t x_begin, columns;  // patch columns that output pixels touch
-  AxisView<T> rows, cols;    // weights as PyTorch rounds them
+  int64_t x_begin, columns;                 // patch columns that output pixels touch
+  AxisView<T> rows, cols;                   // weights as PyTorch rounds them
   WeightsView<T> row_weights, col_weights;  // weights rounded once
   const Chunk<T>* chunks;
   int64_t n_chunks;
 
-  const void* target;   // (B, height, width)
-  const T* upstream;    // (B, height, width) or null
-  const T* weight;      // (K_padded), 0 from K on
-  T keep;               // 1 - s
-  T spread;             // s/K
-  T spread_weight;      // s/K W
+  const void* target;  // (B, height, width)
+  const T* upstream;   // (B, height, width) or null
+  const T* weight;     // (K_padded), 0 from K on
+  T keep;              // 1 - s
+  T spread;            // s/K
+  T spread_weight;     // s/K W
   // Rows whose largest upstream is outside these, and not 0, go pixel by pixel.
   T smallest_upstream, largest_upstream;
   int64_t ignore_index;
