@@ -35,7 +35,9 @@ inline const std::map<std::string, FloatType> kFloatTypes = {{"float32", FloatTy
 inline const std::map<std::string, LabelType> kLabelTypes = {
     {"uint8", LabelType::uint8}, {"int16", LabelType::int16}, {"int32", LabelType::int32}};
 
+void bind_exponential(py::module_& m);
 void bind_upsampling(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
+void bind_upsample_cross_entropy(py::module_& m);
 
 }  // namespace segmenter
