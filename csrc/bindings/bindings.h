@@ -37,5 +37,6 @@ inline const std::map<std::string, LabelType> kLabelTypes = {
 
 void bind_upsampling(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
+void bind_upsample_probabilities(py::module_& m);
 
 }  // namespace segmenter

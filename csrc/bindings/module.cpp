@@ -41,4 +41,5 @@ Raises:
 
   bind_upsampling(m);
   bind_upsample_argmax(m);
+  bind_upsample_probabilities(m);
 }
