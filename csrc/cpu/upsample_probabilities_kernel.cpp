@@ -30,6 +30,7 @@
 
 #include "../cell.h"
 #include "exponential.h"
+#include "stream.h"
 #include "vector.h"
 
 namespace segmenter {
@@ -57,14 +58,14 @@ void pack_patches(const UpsampleProbabilitiesView<T>& view, const ColumnTile<T>&
     for (int64_t x = 0; x < columns; ++x) largest[x] = greater(logits[x * step], largest[x]);
   }
   // A finite logit stays finite, however far below the largest.
-  constexpr T lowest = std::numeric_limits<T>::lowest();
+  constexpr T lowest = std::numeric_limits<T>::lowest(), farthest = lowest / 4;
   for (int64_t k = 0; k < view.K; ++k) {
     const T* logits = source + k * view.stride_k;
     T* patches = scratch.patches + k * columns;
     for (int64_t x = 0; x < columns; ++x) {
       const T logit = logits[x * step];
       const T below = logit - largest[x];
-      patches[x] = (logit >= lowest ? greater(below, lowest / 4) : below) * T(kLog2E);
+      patches[x] = (below < farthest && logit >= lowest ? farthest : below) * T(kLog2E);
       scratch.narrow[x] &= patches[x] >= -kWidest<T>;
     }
   }
@@ -79,10 +80,11 @@ void blend_columns(const UpsampleProbabilitiesView<T>& view, const ColumnTile<T>
   const AxisView<T>& cols = tile.cols;
   const int64_t blocks = (tile.end - tile.begin + lanes - 1) / lanes;
   for (int64_t k = 0; k < view.K; ++k) {
-    const T* patches = scratch.patches + k * tile.patch_count - tile.patch_begin;
+    const T* patches = scratch.patches + k * tile.patch_count;
     for (int64_t r = 0; r < cols.n_runs; ++r) {
       const Run& xs = cols.runs[r];
-      const Values<T> left = splat(patches[xs.i0]), right = splat(patches[xs.i1]);
+      const Values<T> left = splat(patches[xs.i0 - tile.patch_begin]);
+      const Values<T> right = splat(patches[xs.i1 - tile.patch_begin]);
       // Lanes past the run's end are written again by the next run.
       for (int64_t x = xs.begin; x < xs.end; x += lanes) {
         store(scratch.line + x, blend(left, right, load(cols.w0 + x), load(cols.w1 + x)));
@@ -95,8 +97,8 @@ void blend_columns(const UpsampleProbabilitiesView<T>& view, const ColumnTile<T>
   for (int64_t block = 0; block < blocks; ++block) steady[block] = 1;
   for (int64_t r = 0; r < cols.n_runs; ++r) {
     const Run& xs = cols.runs[r];
-    const uint8_t* narrow = scratch.narrow - tile.patch_begin;
-    if (narrow[xs.i0] && narrow[xs.i1]) continue;
+    const uint8_t* narrow = scratch.narrow;
+    if (narrow[xs.i0 - tile.patch_begin] && narrow[xs.i1 - tile.patch_begin]) continue;
     for (int64_t block = xs.begin / lanes; block * lanes < xs.end; ++block) steady[block] = 0;
   }
 }
@@ -179,6 +181,7 @@ struct Strip {
   T step;
   int64_t width;  // of an output row
   int64_t plane;  // from one class of the output to the next
+  bool stream;    // the output, past the caches
 
   int64_t blocks() const { return (columns + kLanes<T> - 1) / kLanes<T>; }
   bool steady(int64_t block) const { return upper_steady[block] & lower_steady[block]; }
@@ -216,6 +219,7 @@ void write_top1(const Strip<T>& strip, const ProbabilityScratch<T>&, T* out) {
 template <typename T, int N>
 void write_all(const Strip<T>& strip, const ProbabilityScratch<T>& scratch, T* out) {
   constexpr int lanes = kLanes<T>;
+  const int64_t columns = scratch.columns;
   for (int64_t i = 0; i < strip.blocks(); ++i) {
     const Block<T> block = strip.block(i);
     Values<T> sum[N], shift[N] = {};
@@ -225,33 +229,40 @@ void write_all(const Strip<T>& strip, const ProbabilityScratch<T>& scratch, T* o
       for (int n = 0; n < N; ++n) reduce_row(block, n, shift[n], sum[n]);
     }
     for (int n = 0; n < N; ++n) {
-      store(scratch.inverse + n * scratch.columns + i * lanes, T(1) / sum[n]);
-      store(scratch.shift + n * scratch.columns + i * lanes, shift[n]);
+      store(scratch.inverse + n * columns + i * lanes, T(1) / sum[n]);
+      store(scratch.shift + n * columns + i * lanes, shift[n]);
     }
   }
   for (int64_t k = 0; k < strip.K; ++k, out += strip.plane) {
     for (int64_t i = 0; i < strip.blocks(); ++i) {
       const Block<T> block = strip.block(i);
-      const int64_t x = i * lanes;
-      Values<T> power[N];
+      T* result = scratch.result + i * lanes;
+      const T* inverse = scratch.inverse + i * lanes;
       if (strip.steady(i)) {
-        auto [next, ratio] = progression(block, k);
+        auto [power, ratio] = progression(block, k);
         for (int n = 0; n < N; ++n) {
-          power[n] = next;
-          next *= ratio;
+          store(result + n * columns, power * load(inverse + n * columns));
+          power *= ratio;
         }
       } else {
+        const T* shift = scratch.shift + i * lanes;
         for (int n = 0; n < N; ++n) {
-          power[n] = exp2_special<T>(logit(block, k, n) -
-                                     load(scratch.shift + n * scratch.columns + x));
+          const Values<T> power =
+              exp2_special<T>(logit(block, k, n) - load(shift + n * columns));
+          store(result + n * columns, power * load(inverse + n * columns));
         }
       }
-      for (int n = 0; n < N; ++n) {
-        store_some(out + n * strip.width + x,
-                   power[n] * load(scratch.inverse + n * scratch.columns + x), strip.columns - x);
+    }
+    for (int n = 0; n < N; ++n) {
+      const T* result = scratch.result + n * columns;
+      if (strip.stream) {
+        stream_copy(result, strip.columns, out + n * strip.width);
+      } else {
+        std::memcpy(out + n * strip.width, result, strip.columns * sizeof(T));
       }
     }
   }
+  if (strip.stream) finish_streams();
 }
 
 template <typename T>
@@ -291,6 +302,7 @@ void probability_rows(const UpsampleProbabilitiesView<T>& view, const ColumnTile
     strip.step = ys.step;
     strip.width = view.width;
     strip.plane = view.height * view.width;
+    strip.stream = view.out_bytes >= kStreamBytes;
     strip_writer<T, kAll>(ys.end - ys.begin, std::make_integer_sequence<int, kMaxRunRows>{})(
         strip, scratch, out + ys.begin * view.width);
   }

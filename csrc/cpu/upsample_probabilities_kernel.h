@@ -33,6 +33,7 @@ template <typename T>
 struct UpsampleProbabilitiesView {
   const T* logits;
   T* out;
+  int64_t out_bytes;
   int64_t K;
   int64_t stride_b, stride_k, stride_y, stride_x;
   int64_t height, width;
@@ -51,7 +52,8 @@ struct ProbabilityScratch {
   T* blended[2];      // (columns / lanes, K, lanes): patch rows at every output column
   uint8_t* steady[2];  // (columns / lanes)
   T* shift;           // (kMaxRunRows, columns)
-  T* inverse;         // (kMaxRunRows, columns)
+  T* inverse;          // (kMaxRunRows, columns)
+  T* result;           // (kMaxRunRows, columns)
 };
 
 // Computes the output rows of runs[first .. last) of one image in one tile of columns.

@@ -46,6 +46,35 @@ def upsample_probabilities_reference(
     return probabilities.amax(dim=1) if top1 else probabilities
 
 
+# ------------------------------------------------------------------------------------- U^T
+# An operator of its own because PyTorch's, upsample_bilinear2d_backward, cannot be traced with
+# dynamic shapes.
+@torch.library.custom_op("segmenter_fast::upsample_adjoint", mutates_args=())
+def _upsample_adjoint_op(
+    gradient: Tensor, size: Sequence[int], crop: Sequence[int], shape: Sequence[int]
+) -> Tensor:
+    top, left, height, width = crop
+    sides = (left, size[1] - left - width, top, size[0] - top - height)
+    full = F.pad(gradient, sides) if any(sides) else gradient.contiguous()
+    return torch.ops.aten.upsample_bilinear2d_backward(full, size, shape, False)
+
+
+@_upsample_adjoint_op.register_fake
+def _(gradient: Tensor, size: Sequence[int], crop: Sequence[int], shape: Sequence[int]) -> Tensor:
+    return gradient.new_empty(shape)
+
+
+def _save_geometry(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, ctx.size, ctx.crop, _ = inputs
+
+
+def _adjoint_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    return upsample_reference(gradient, ctx.size, ctx.crop), None, None, None
+
+
+_upsample_adjoint_op.register_autograd(_adjoint_backward, setup_context=_save_geometry)
+
+
 # ------------------------------------------------------------------------------------- all classes
 def _native(logits: Tensor, size: Sequence[int], crop: Sequence[int], top1: bool) -> Tensor:
     logits = upcast(logits)
@@ -69,15 +98,6 @@ def _(logits: Tensor, size: Sequence[int], crop: Sequence[int]) -> Tensor:
     return upcast(logits).new_empty((*logits.shape[:2], *crop[2:]))
 
 
-def _adjoint(gradient: Tensor, size: Sequence[int], crop: Sequence[int], shape: Any) -> Tensor:
-    """U^T: (B, K, height, width), the crop of `size`, to (B, K, h, w) = `shape`."""
-    top, left, height, width = crop
-    sides = (left, size[1] - left - width, top, size[0] - top - height)
-    return torch.ops.aten.upsample_bilinear2d_backward(
-        F.pad(gradient, sides).contiguous(), list(size), list(shape), False
-    )
-
-
 def _save_probabilities(ctx: Any, inputs: tuple, output: Tensor) -> None:
     logits, ctx.size, ctx.crop = inputs
     ctx.shape, ctx.dtype = logits.shape, logits.dtype
@@ -89,7 +109,8 @@ def _probabilities_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, N
     # dz_k = p_k (g_k - sum_c g_c p_c)
     weighted = gradient * p
     dz = weighted - p * weighted.sum(dim=1, keepdim=True)
-    return _adjoint(dz, ctx.size, ctx.crop, ctx.shape).to(ctx.dtype), None, None
+    adjoint = torch.ops.segmenter_fast.upsample_adjoint
+    return adjoint(dz, ctx.size, ctx.crop, ctx.shape).to(ctx.dtype), None, None
 
 
 _upsample_probabilities_op.register_autograd(
@@ -140,9 +161,8 @@ def _upsample_top1_backward_op(
             share = (p == largest).to(p.dtype)
             share /= share.sum(dim=1, keepdim=True)
             dz = share.sub_(p).mul_(largest * gradient[image, None, None, strip])
-            shape = (1, n_cls, len(i), grid_w)
-            crop_of_strip = (0, left, len(i), width)
-            d_blended = _adjoint(dz, wide, crop_of_strip, shape)[0]
+            of_strip = (wide, (0, left, len(i), width), (1, n_cls, len(i), grid_w))
+            d_blended = torch.ops.segmenter_fast.upsample_adjoint(dz, *of_strip)[0]
             dl[image].index_add_(1, i, (1 - a) * d_blended)
             dl[image].index_add_(1, j, a * d_blended)
     return dl.to(dtype)
