@@ -384,7 +384,7 @@ def test_a_masked_class(top1):
 @both
 def test_logits_close_to_overflow(top1):
     largest = torch.finfo(torch.float32).max
-    logits = noise((1, 9, 4, 4)) * largest / 40
+    logits = noise((1, 9, 4, 4)) * (largest / 40)
     logits[:, 4] = largest
     logits[:, 2, 1:3] = -largest
     for size in [(64, 64), (4, 4)]:
@@ -436,11 +436,12 @@ def test_gradient_of_top1_by_strips(monkeypatch):
 
 
 def test_gradient_of_top1_is_shared_by_ties():
-    logits = noise((1, 6, 3, 4), torch.float64)
-    logits[:, 1] = logits[:, 4] = logits.amax() + 1
+    # Whole numbers and weights that are quarters: nothing is rounded before the softmax.
+    logits = noise((1, 6, 3, 4), torch.float64).round()
+    logits[:, 4] = logits[:, 1] = logits[:, 1] + 8
     logits.requires_grad_()
     gradients = [
-        torch.autograd.grad(f(logits, (13, 17), None, True).sum(), logits)[0]
+        torch.autograd.grad(f(logits, (6, 8), None, True).sum(), logits)[0]
         for f in (operator, plain)
     ]
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
@@ -452,8 +453,7 @@ def test_gradient_sums_to_zero_over_classes(top1):
     logits = noise((2, 9, 3, 4)).requires_grad_()
     p = operator(logits, (29, 31), top1=top1)
     p.backward(noise(p.shape, seed=5))
-    assert logits.grad.abs().max() > 1e-3
-    assert logits.grad.sum(dim=1).abs().max() < 1e-5
+    assert logits.grad.sum(dim=1).abs().max() < 2e-6 * logits.grad.abs().max()
 
 
 MEMORY_SCRIPT = """
