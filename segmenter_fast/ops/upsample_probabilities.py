@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from segmenter_fast.backend import native_module, resolve_backend
@@ -48,21 +47,14 @@ def upsample_probabilities_reference(
 
 
 # ------------------------------------------------------------------------------------- U^T
-def _source(
-    grid: int, full: int, start: int, count: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """i, i' and a of ops/upsample.py for `count` coordinates of one axis: (count,) each."""
+def _weights(grid: int, full: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
+    """(count, grid) weights of one axis, so that U l = rows @ l @ columns.T."""
     position = torch.arange(start, start + count, dtype=dtype)
     source = (torch.tensor(grid, dtype=dtype) / full * (position + 0.5) - 0.5).clamp(min=0)
     i = source.long().clamp(max=grid - 1)
-    return i, (i + 1).clamp(max=grid - 1), source - i
-
-
-def _weights(grid: int, full: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
-    """(count, grid) weights of one axis, so that U = rows l columns^T."""
-    i, j, a = (x.unsqueeze(1) for x in _source(grid, full, start, count, dtype))
-    weights = torch.zeros(count, grid, dtype=dtype)
-    return weights.scatter_add_(1, i, 1 - a).scatter_add_(1, j, a)
+    a = (source - i).unsqueeze(1)
+    weights = torch.zeros(count, grid, dtype=dtype).scatter_(1, i.unsqueeze(1), 1 - a)
+    return weights.scatter_add_(1, (i + 1).clamp(max=grid - 1).unsqueeze(1), a)
 
 
 # Matrix products are several times quicker than PyTorch's upsample_bilinear2d_backward, which
@@ -162,29 +154,21 @@ def _(logits: Tensor, size: Sequence[int], crop: Sequence[int]) -> Tensor:
 def _upsample_top1_backward_op(
     gradient: Tensor, logits: Tensor, size: Sequence[int], crop: Sequence[int]
 ) -> Tensor:
-    dtype, logits = logits.dtype, upcast(logits).contiguous()
-    n_cls, grid_h, grid_w = logits.shape[1:]
+    dtype, logits = logits.dtype, upcast(logits)
     top, left, height, width = crop
-    upper, lower, fraction = _source(grid_h, size[0], top, height, logits.dtype)
-    dl = torch.zeros_like(logits)
-    step = max(1, STRIP_ELEMENTS // (n_cls * size[1]))
+    dl = logits.new_zeros(logits.shape)
+    step = max(1, STRIP_ELEMENTS // (logits.shape[1] * width))
     for image in range(len(logits)):
+        one = logits[image : image + 1]
         for start in range(0, height, step):
-            strip = slice(start, min(start + step, height))
-            i, j, a = upper[strip], lower[strip], fraction[strip, None]
-            blended = (1 - a) * logits[image, :, i] + a * logits[image, :, j]
-            # One input row per output row: this only interpolates along the rows.
-            wide = (len(i), size[1])
-            z = F.interpolate(blended[None], size=wide, mode="bilinear", align_corners=False)
-            p = z[..., left : left + width].softmax(dim=1)
+            g = gradient[image, start : start + step]
+            strip = (top + start, left, len(g), width)
+            p = _native(one, size, strip, top1=False)
             largest = p.amax(dim=1, keepdim=True)
             share = (p == largest).to(p.dtype)
             share /= share.sum(dim=1, keepdim=True)
-            dz = share.sub_(p).mul_(largest * gradient[image, None, None, strip])
-            of_strip = (wide, (0, left, len(i), width), (1, n_cls, len(i), grid_w))
-            d_blended = torch.ops.segmenter_fast.upsample_adjoint(dz, *of_strip)[0]
-            dl[image].index_add_(1, i, (1 - a) * d_blended)
-            dl[image].index_add_(1, j, a * d_blended)
+            dz = share.sub_(p).mul_(largest * g)
+            dl[image] += torch.ops.segmenter_fast.upsample_adjoint(dz, size, strip, one.shape)[0]
     return dl.to(dtype)
 
 
