@@ -39,5 +39,6 @@ void bind_exponential(py::module_& m);
 void bind_upsampling(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
 void bind_upsample_cross_entropy(py::module_& m);
+void bind_upsample_probabilities(py::module_& m);
 
 }  // namespace segmenter

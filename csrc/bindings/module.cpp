@@ -43,4 +43,5 @@ Raises:
   bind_upsampling(m);
   bind_upsample_argmax(m);
   bind_upsample_cross_entropy(m);
+  bind_upsample_probabilities(m);
 }
