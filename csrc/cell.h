@@ -63,21 +63,22 @@ SEGMENTER_HD V greater(V a, V b) {
   return a > b ? a : b;
 }
 
-// Lowers the pruning bound by a few roundings, so that no class that could tie is dropped.
+// Lowers the pruning bound by a few roundings, so that no class that could tie is dropped. `taps` is
+// the number of weights that meet in a value, of both axes together: 4 in a cell.
 //
 // Why pruning is exact. Weights are >= 0 and rounding is monotone, so a computed value never
-// decreases when a corner grows. Let class j have all its corners >= m and class k all its corners
-// <= M < m, and let v(t) be the value computed from four corners equal to t. Then
-//   value_k <= v(M) <= v(m) <= value_j   at every pixel of the cell:
-// k never beats j, and it can only tie where v(M) == v(m). v differs from the identity by at most
-// 2.5 epsilon (per axis a product, a sum, and weights that add up to one within half an ulp), so
-// such an M is within 5 epsilon of m. Keeping every class with M >= bound - 8 epsilon |bound|
+// decreases when an input grows. Let class j have all its inputs >= m and class k all its inputs
+// <= M < m, and let v(t) be the value computed from inputs that all equal t. Then
+//   value_k <= v(M) <= v(m) <= value_j   at every pixel that reads these inputs:
+// k never beats j, and it can only tie where v(M) == v(m). Per tap there is a product, an addition
+// and half an ulp of the weight, so v differs from the identity by less than `taps` epsilon, and such
+// an M is within 2 taps epsilon of m. Keeping every class with M >= bound - 4 taps epsilon |bound|
 // therefore leaves exactly the argmax, ties included, that a scan of all classes with the same
 // arithmetic finds. `tiny`, the smallest normal number, covers products that underflow.
 template <typename T>
-SEGMENTER_HD T keep_ties(T bound, T epsilon, T tiny) {
+SEGMENTER_HD T keep_ties(T bound, int64_t taps, T epsilon, T tiny) {
   const T magnitude = bound < T(0) ? -bound : bound;
-  return bound - (T(8) * epsilon * magnitude + T(8) * tiny);
+  return bound - T(4 * taps) * (epsilon * magnitude + tiny);
 }
 
 }  // namespace segmenter

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from segmenter_fast.images import load_image, to_rgb
 from segmenter_fast.ops.upsample import label_dtype
+from segmenter_fast.ops.window_geometry import WindowView, window_anchors
 from segmenter_fast.ops.windows import (
+    PROBABILITIES,
     WindowLogits,
-    WindowView,
-    window_anchors,
     window_probabilities_reference,
 )
 
-PROBABILITIES = ("none", "top1", "all")
 MAX_ENLARGED_PIXELS = 1 << 28
 """An image that must grow past this before a window fits is refused: 3 GiB as network input."""
 
@@ -321,9 +320,10 @@ def predict(
             pixels = F.interpolate(exact, size=resized, mode="bilinear", antialias=True).to(pixels)
         views = _views(model, pixels, window_size, window_stride, scales, bool(flip), batch_size)
     # Outside inference mode, so that what is returned is an ordinary tensor.
-    if getattr(model, "backend", "auto") == "reference":
+    backend = getattr(model, "backend", "auto")
+    if backend == "reference":
         return _read_reference(views, size, return_probabilities)
-    logits = WindowLogits(views, size)
+    logits = WindowLogits(views, size, backend)
     if return_probabilities == "none":
         return logits.labels()
     return logits.labels_and_probabilities(top1=return_probabilities == "top1")

@@ -11,6 +11,7 @@
 
 #include "../cpu/upsample_argmax.h"
 #include "../cpu/upsampling.h"
+#include "../cpu/windows.h"
 
 namespace segmenter {
 
@@ -40,5 +41,6 @@ void bind_upsampling(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
 void bind_upsample_cross_entropy(py::module_& m);
 void bind_upsample_probabilities(py::module_& m);
+void bind_windows(py::module_& m);
 
 }  // namespace segmenter

@@ -44,4 +44,5 @@ Raises:
   bind_upsample_argmax(m);
   bind_upsample_cross_entropy(m);
   bind_upsample_probabilities(m);
+  bind_windows(m);
 }

@@ -103,12 +103,16 @@ void run(const Upsampling& u, void* labels, UpsampleArgmaxKernel<T> kernel) {
 
 }  // namespace
 
+void check_label_type(LabelType type, int64_t K) {
+  if (K > max_classes(type)) {
+    throw std::invalid_argument("expected at most " + std::to_string(max_classes(type)) +
+                                " classes for this type of label, got " + std::to_string(K));
+  }
+}
+
 void upsample_argmax(const Upsampling& u, LabelType type, void* labels) {
   check(u);
-  if (u.K > max_classes(type)) {
-    throw std::invalid_argument("expected at most " + std::to_string(max_classes(type)) +
-                                " classes for this type of label, got " + std::to_string(u.K));
-  }
+  check_label_type(type, u.K);
   if (u.empty()) return;
   if (!labels) throw std::invalid_argument("expected a pointer to labels, got null");
   const UpsampleArgmaxKernels& table = SEGMENTER_KERNELS(u.simd, upsample_argmax_kernels);

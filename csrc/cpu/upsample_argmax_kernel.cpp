@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "../cell.h"
+#include "argmax.h"
 #include "pack.h"
 #include "vector.h"
 
@@ -52,45 +53,16 @@ void pack_row(const UpsampleArgmaxView<T>& view, int64_t image, int64_t y, T* pa
   }
 }
 
-// Whether `value` of class k is preferred to `best` of class best_k: NaN counts as the largest, and
-// the first class wins ties.
-template <typename T, typename Integer>
-inline bool beats(T value, Integer k, T best, Integer best_k) {
-  const bool value_is_nan = value != value, best_is_nan = best != best;
-  if (value_is_nan || best_is_nan) {
-    return value_is_nan && (!best_is_nan || k < best_k);
-  }
-  return value > best || (value == best && k < best_k);
-}
-
 // The argmax at one pixel over all classes, whatever their values.
 template <typename T>
 int32_t label_pixel(const Corners<T>& corners, int64_t K_padded, T wy0, T wy1, T wx0, T wx1) {
-  using Integer = typename LaneInteger<T>::type;
-  Values<T> best = splat(-std::numeric_limits<T>::infinity());
-  Integers<T> best_k{};
-  Integers<T> k_lanes;
-  for (int i = 0; i < kLanes<T>; ++i) k_lanes[i] = i;
+  Argmax<T> argmax;
   for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
     const Values<T> left = blend(load(corners.a + k), load(corners.c + k), wy0, wy1);
     const Values<T> right = blend(load(corners.b + k), load(corners.d + k), wy0, wy1);
-    const Values<T> value = blend(left, right, wx0, wx1);
-    const Integers<T> better = (value > best) | ((value != value) & (best == best));
-    best = better ? value : best;
-    best_k = better ? k_lanes : best_k;
-    k_lanes += kLanes<T>;
+    argmax.add(blend(left, right, wx0, wx1));
   }
-  T winner = best[0];
-  Integer winner_k = best_k[0];
-  for (int i = 1; i < kLanes<T>; ++i) {
-    const T value = best[i];
-    const Integer k = best_k[i];
-    if (beats(value, k, winner, winner_k)) {
-      winner = value;
-      winner_k = k;
-    }
-  }
-  return static_cast<int32_t>(winner_k);
+  return argmax.winner();
 }
 
 // Writes the classes that no other beats in the whole cell to `kept`, in order; returns their
@@ -105,7 +77,7 @@ int64_t prune_cell(const Corners<T>& corners, int64_t K, int64_t K_padded, T* la
     best = greater(best, lesser(lesser(a, b), lesser(c, d)));
     store(largest_corner + k, greater(greater(a, b), greater(c, d)));
   }
-  const T bound = keep_ties(largest_lane<T>(best), std::numeric_limits<T>::epsilon(),
+  const T bound = keep_ties(largest_lane<T>(best), 4, std::numeric_limits<T>::epsilon(),
                             std::numeric_limits<T>::min());
   int64_t n = 0;
   for (int64_t k = 0; k < K; ++k) {
@@ -129,7 +101,7 @@ int64_t prune_row(const Scratch<T>& scratch, int64_t n, T wy0, T wy1) {
     store(scratch.left + j, left);
     store(scratch.right + j, right);
   }
-  const T bound = keep_ties(largest_lane<T>(best), std::numeric_limits<T>::epsilon(),
+  const T bound = keep_ties(largest_lane<T>(best), 4, std::numeric_limits<T>::epsilon(),
                             std::numeric_limits<T>::min());
   int64_t m = 0;
   for (int64_t j = 0; j < n; ++j) {

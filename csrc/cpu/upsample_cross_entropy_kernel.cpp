@@ -34,6 +34,7 @@
 
 #include "../cell.h"
 #include "exponential.h"
+#include "log_softmax.h"
 #include "pack.h"
 #include "vector.h"
 
@@ -93,51 +94,7 @@ struct Corners {
   N a, b, c, d;
 };
 
-template <typename T>
-inline T sum_of_lanes(Values<T> lanes) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += lanes[i];
-  return sum;
-}
-
-template <typename T>
-inline bool any_lane(Integers<T> mask) {
-  bool any = false;
-  for (int i = 0; i < kLanes<T>; ++i) any |= mask[i] != 0;
-  return any;
-}
-
 // ------------------------------------------------------------------------------------ packing
-// Turns the K logits of a patch into their log2 softmax, in place; returns the smallest, or
-// -infinity if any is NaN, infinite or so large that arithmetic could overflow.
-template <typename T>
-T log2_softmax(T* patch, int64_t K, int64_t K_padded) {
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  constexpr T limit = std::numeric_limits<T>::max() / 16;
-  for (int64_t k = K; k < K_padded; ++k) patch[k] = patch[K - 1];
-  Values<T> largest = load(patch), smallest = largest;
-  Integers<T> outside{};
-  for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
-    const Values<T> v = load(patch + k);
-    outside |= ~((v <= limit) & (v >= -limit));
-    largest = greater(largest, v);
-    smallest = lesser(smallest, v);
-  }
-  if (any_lane<T>(outside)) return -infinity;
-  const T top = largest_lane<T>(largest), bottom = -largest_lane<T>(-smallest);
-  for (int64_t k = K; k < K_padded; ++k) patch[k] = -infinity;
-  Values<T> sums{};
-  for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
-    const Values<T> v = (load(patch + k) - top) * T(kLog2E);
-    store(patch + k, v);
-    sums += exp2<T>(v);
-  }
-  const T log_sum = log2<T>(splat(sum_of_lanes<T>(sums)))[0];
-  for (int64_t k = 0; k < K_padded; k += kLanes<T>) store(patch + k, load(patch + k) - log_sum);
-  for (int64_t k = K; k < K_padded; ++k) patch[k] = kLowest<T>;
-  return (bottom - top) * T(kLog2E) - log_sum;
-}
-
 template <typename T>
 void pack(const View<T>& view, int64_t image, int64_t y) {
   const int64_t first = (image * view.h + y) * view.columns;
@@ -147,7 +104,7 @@ void pack(const View<T>& view, int64_t image, int64_t y) {
       view.stride_k, view.stride_x, view.K, view.columns, view.K_padded, patches);
   for (int64_t x = 0; x < view.columns; ++x) {
     T* patch = patches + x * view.K_padded;
-    view.patches.smallest[first + x] = log2_softmax(patch, view.K, view.K_padded);
+    view.patches.smallest[first + x] = log2_softmax(patch, view.K, view.K_padded, kLowest<T>);
     if (!view.patches.weighted) continue;
     Values<T> sums{};
     for (int64_t k = 0; k < view.K_padded; k += kLanes<T>) {

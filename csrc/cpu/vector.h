@@ -72,6 +72,21 @@ inline Values<T> add_pairs(Values<T> a, Values<T> b, std::integer_sequence<int, 
 #endif
 }
 
+template <typename T>
+inline T sum_of_lanes(Values<T> lanes) {
+  for (int n = kLanes<T>; n > 1; n /= 2) {
+    lanes = add_pairs<T>(lanes, lanes, std::make_integer_sequence<int, kLanes<T>>{});
+  }
+  return lanes[0];
+}
+
+template <typename T>
+inline bool any_lane(Integers<T> mask) {
+  bool any = false;
+  for (int i = 0; i < kLanes<T>; ++i) any |= mask[i] != 0;
+  return any;
+}
+
 // sums[i] = sum of the lanes of rows[i], for N rows: a transposition and a sum in log2(lanes) steps
 // of pairwise additions. `sums` has room for N rounded up to whole vectors.
 template <typename T, int N>
