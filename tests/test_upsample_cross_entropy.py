@@ -259,6 +259,16 @@ def test_neighbours_sure_of_different_classes(spread, reduction, dtype):
         hold_to_oracle(logits, target, weight=torch.linspace(1, 2, 5), **options)
 
 
+@pytest.mark.parametrize("spread", [80, 95, 100, 105, 110, 115])
+@pytest.mark.parametrize("n_cls", [2, 4])
+@pytest.mark.parametrize("width", [5, 6, 7, 8, 9, 10, 11, 12, 64])
+def test_ratios_stay_numbers(spread, n_cls, width):
+    logits = torch.zeros(1, n_cls, 4, 4)
+    for i in range(16):
+        logits[0, (i % 2 + 2 * (i // 4)) % n_cls, i // 4, i % 4] = spread
+    hold_to_torch(logits, random_target((1, 9, width), n_cls), reduction="none")
+
+
 @pytest.mark.parametrize("low", [-60, -80, -84, -110, -112, -120, -1e4, -1e37])
 def test_classes_of_no_importance(low):
     logits = noise((1, 21, 3, 4))

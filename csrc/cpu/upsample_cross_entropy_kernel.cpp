@@ -18,9 +18,9 @@
 //    largest logit subtracted. Neither loss nor gradient notices, since a pixel's logits all change
 //    by the same amount, the interpolated log-sum-exp.
 //
-// 3. What S could lack is magnitude. `prepare_cell` bounds it from below by the corners, and a cell
-//    that fails (neighbours sure of different classes, NaN, infinity) goes pixel by pixel, from the
-//    logits as they were given and with PyTorch's roundings of the weights.
+// 3. What exponentials could lack is range. `prepare_cell` looks at the corners, and a cell that
+//    would leave it (neighbours sure of different classes, NaN, infinity) goes pixel by pixel, from
+//    the logits as they were given and with PyTorch's roundings of the weights.
 //
 // 4. The part of the target's class: a stretch of pixels of one label t needs only the sums of
 //    their bilinear weights at the four corners. Those are the gradient's share of class t and,
@@ -48,30 +48,29 @@
 namespace segmenter {
 namespace {
 
-// How small packed logits may be in a cell that is summed as a whole; units of log 2. Exponentials
-// are kept times 2^kOffset, since they fill only one half of the exponents otherwise.
-//  - One class stays above kSure, so that S >= 2^kSure is a normal number.
-//  - Every class stays above kLowest, so that all exponentials are normal numbers and, with factors
-//    up to kLargestFactor, polynomials are below
-//      kMaxChunk kLargestFactor 2^-(kLowest + kOffset) = 2^124 (float), 2^1014 (double).
-//    Classes that are below kLowest in all four corners may be lifted to it: their probability is
-//    less than 2^(kLowest - kSure) either way, 2^-40 or 2^-340.
-//  - Chunks of more than one pixel have step <= kMaxStep, so that the square of a ratio, up to
-//    2^(-2 kMaxStep kLowest) = 2^120 or 2^975, is a number too.
+// How small packed logits may be in a cell that is summed as a whole: every class stays above
+// kLowest; units of log 2. Exponentials are kept times 2^kOffset, since they fill only one half of
+// the exponents otherwise. Then
+//  - all exponentials are normal numbers and, with factors up to kLargestFactor, polynomials are
+//    below kMaxChunk kLargestFactor 2^-(kLowest + kOffset) = 2^124 (float), 2^1014 (double);
+//  - S is a normal number: a pixel has a weight of 1/4 or more at some corner, where the largest
+//    of the K <= 2^16 classes is at least -16, so that log2 S >= -16/4 + 3/4 kLowest = -124, -979;
+//  - so are the squares of ratios, up to 2^(-2 kMaxStep kLowest) = 2^120 or 2^975, as chunks of
+//    more than one pixel have step <= kMaxStep.
+// Classes that are below kLowest in all four corners may be lifted to it: their probability is less
+// than 2^-36 or 2^-321 either way.
 template <typename T>
 struct Range;
 template <>
 struct Range<float> {
-  static constexpr float lowest = -160, sure = -120, offset = 60, scale = 0x1p-60f;
+  static constexpr float lowest = -160, offset = 60, scale = 0x1p-60f;
 };
 template <>
 struct Range<double> {
-  static constexpr double lowest = -1300, sure = -960, offset = 310, scale = 0x1p-310;
+  static constexpr double lowest = -1300, offset = 310, scale = 0x1p-310;
 };
 template <typename T>
 constexpr T kLowest = Range<T>::lowest;
-template <typename T>
-constexpr T kSure = Range<T>::sure;
 template <typename T>
 constexpr T kOffset = Range<T>::offset;
 
@@ -209,10 +208,9 @@ const RowFunctions<T>& row_functions(int64_t pixels, std::integer_sequence<int, 
 template <typename T>
 bool prepare_cell(const Corners<T>& smallest, T* const* lifted, Cell<T>& cell) {
   const T lowest = lesser(lesser(smallest.a, smallest.b), lesser(smallest.c, smallest.d));
-  if (lowest >= kSure<T>) return true;
+  if (lowest >= kLowest<T>) return true;
   if (lowest == -std::numeric_limits<T>::infinity()) return false;
   const Corners<const T*> from = cell.logits;
-  Values<T> surest = splat(-std::numeric_limits<T>::infinity());
   Integers<T> lost{};
   const auto lift = [](T* to, Values<T> v) { store(to, greater(v, splat(kLowest<T>))); };
   for (int64_t k = 0; k < cell.K_padded; k += kLanes<T>) {
@@ -220,7 +218,6 @@ bool prepare_cell(const Corners<T>& smallest, T* const* lifted, Cell<T>& cell) {
     const Values<T> c = load(from.c + k), d = load(from.d + k);
     const Values<T> low = lesser(lesser(a, b), lesser(c, d));
     const Values<T> high = greater(greater(a, b), greater(c, d));
-    surest = greater(surest, low);
     lost |= (low < kLowest<T>)&(high > kLowest<T>);
     lift(lifted[0] + k, a);
     lift(lifted[1] + k, b);
@@ -229,7 +226,7 @@ bool prepare_cell(const Corners<T>& smallest, T* const* lifted, Cell<T>& cell) {
   }
   if (any_lane<T>(lost)) return false;
   cell.logits = {lifted[0], lifted[1], lifted[2], lifted[3]};
-  return largest_lane<T>(surest) >= kSure<T>;
+  return true;
 }
 
 // ------------------------------------------------------------------------------------ labels
