@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cpu/confusion.h"
 #include "../cpu/upsample_argmax.h"
 #include "../cpu/upsampling.h"
 #include "../cpu/windows.h"
@@ -36,6 +37,12 @@ inline const std::map<std::string, FloatType> kFloatTypes = {{"float32", FloatTy
 inline const std::map<std::string, LabelType> kLabelTypes = {
     {"uint8", LabelType::uint8}, {"int16", LabelType::int16}, {"int32", LabelType::int32}};
 
+inline const std::map<std::string, IntegerType> kIntegerTypes = {{"uint8", IntegerType::uint8},
+                                                                 {"int16", IntegerType::int16},
+                                                                 {"int32", IntegerType::int32},
+                                                                 {"int64", IntegerType::int64}};
+
+void bind_confusion(py::module_& m);
 void bind_exponential(py::module_& m);
 void bind_upsampling(py::module_& m);
 void bind_upsample_argmax(py::module_& m);

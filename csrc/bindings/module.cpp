@@ -39,6 +39,7 @@ Raises:
     ValueError: SEGMENTER_FAST_SIMD names an unknown level.
     RuntimeError: it names a level that this build or this CPU lacks.)");
 
+  bind_confusion(m);
   bind_exponential(m);
   bind_upsampling(m);
   bind_upsample_argmax(m);

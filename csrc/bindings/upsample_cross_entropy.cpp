@@ -8,11 +8,6 @@
 namespace segmenter {
 namespace {
 
-const std::map<std::string, TargetType> kTargetTypes = {{"uint8", TargetType::uint8},
-                                                        {"int16", TargetType::int16},
-                                                        {"int32", TargetType::int32},
-                                                        {"int64", TargetType::int64}};
-
 std::tuple<double, int64_t> cross_entropy(const Upsampling& upsampling, uintptr_t target_ptr,
                                           const std::string& target_dtype, uintptr_t weight_ptr,
                                           double label_smoothing, int64_t ignore_index, bool mean,
@@ -21,7 +16,7 @@ std::tuple<double, int64_t> cross_entropy(const Upsampling& upsampling, uintptr_
                                           const std::array<int64_t, 4>& gradient_strides) {
   CrossEntropy c;
   c.target = reinterpret_cast<const void*>(target_ptr);
-  c.target_type = choose("target_dtype", target_dtype, kTargetTypes);
+  c.target_type = choose("target_dtype", target_dtype, kIntegerTypes);
   c.weight = reinterpret_cast<const void*>(weight_ptr);
   c.label_smoothing = label_smoothing;
   c.ignore_index = ignore_index;

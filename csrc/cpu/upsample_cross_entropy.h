@@ -13,12 +13,10 @@
 
 namespace segmenter {
 
-enum class TargetType { uint8, int16, int32, int64 };
-
 // Pointers to numbers are to the type of the logits. Those that may be null say so.
 struct CrossEntropy {
   const void* target;  // (B, height, width), contiguous
-  TargetType target_type;
+  IntegerType target_type;
   const void* weight;  // (K), one factor per class; null: 1
   double label_smoothing;
   int64_t ignore_index;  // pixels of this label count for nothing, be it a class or not

@@ -100,7 +100,7 @@ struct UpsampleCrossEntropyFunctions {
   int64_t max_chunk;  // columns
   // Packs row y of an image's patches.
   void (*pack)(const UpsampleCrossEntropyView<T>&, int64_t image, int64_t y);
-  // Sums, losses and PatchRowSums of the output rows of rows.runs[run]. Indexed by TargetType.
+  // Sums, losses and PatchRowSums of the output rows of rows.runs[run]. Indexed by IntegerType.
   void (*row_of_cells[4])(const UpsampleCrossEntropyView<T>&, const CrossEntropyScratch<T>&,
                           int64_t image, int64_t run, CrossEntropySums&);
   // Adds up the PatchRowSums of row y of an image's patches, in the order of the runs, and writes

@@ -10,6 +10,7 @@
 namespace segmenter {
 
 enum class FloatType { float32, float64 };
+enum class IntegerType { uint8, int16, int32, int64 };
 
 struct Upsampling {
   const void* logits;  // (B, K, h, w), any strides

@@ -1,13 +1,108 @@
 """Confusion counts: how many pixels of each true class were given each label.
 
-C[t, argmax_k z_k] += 1          z as in ops/upsample.py, t the pixel's target
+    C[t, l] = number of pixels with target t and label l          t not ignore_index
+
+From patch logits the label is argmax_k z_k (ops/upsample_argmax.py). The label map is written on the
+way: at a byte per pixel it costs a hundredth of the logits it replaces, and one counter serves labels
+from anywhere. No gradient.
 """
 
 import torch
 from torch import Tensor
 
-from segmenter_fast.ops.upsample import check_labels, check_target
+from segmenter_fast.backend import native_module, resolve_backend
+from segmenter_fast.ops.upsample import TARGET_DTYPES, check_labels, check_target, dtype_name
 from segmenter_fast.ops.upsample_argmax import upsample_argmax
+
+
+def confusion_matrix_reference(
+    labels: Tensor, target: Tensor, num_classes: int, ignore_index: int
+) -> Tensor:
+    """The definition, in plain PyTorch on any device; checks the labels' range."""
+    valid = target != ignore_index
+    check_labels(target, num_classes, ignore_index)
+    labels, target = labels[valid].long(), target[valid].long()
+    _check_predictions(labels, num_classes)
+    counts = torch.bincount(target * num_classes + labels, minlength=num_classes**2)
+    return counts.view(num_classes, num_classes)
+
+
+def _check_predictions(labels: Tensor, num_classes: int) -> None:
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        raise ValueError(f"labels holds {int(labels[outside][0])}, outside [0, {num_classes})")
+
+
+@torch.library.custom_op("segmenter_fast::confusion_matrix", mutates_args=(), device_types="cpu")
+def _confusion_matrix_op(
+    labels: Tensor, target: Tensor, num_classes: int, ignore_index: int
+) -> Tensor:
+    labels, target = labels.contiguous(), target.contiguous()
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    bad_targets, bad_labels = native_module().confusion_matrix(
+        labels.data_ptr(),
+        dtype_name(labels),
+        target.data_ptr(),
+        dtype_name(target),
+        labels.numel(),
+        num_classes,
+        ignore_index,
+        torch.get_num_threads(),
+        counts.data_ptr(),
+    )
+    if bad_targets:
+        check_labels(target, num_classes, ignore_index)
+    if bad_labels:
+        _check_predictions(labels[target != ignore_index], num_classes)
+    return counts
+
+
+@_confusion_matrix_op.register_fake
+def _(labels: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return labels.new_empty((num_classes, num_classes), dtype=torch.int64)
+
+
+def confusion_matrix(
+    labels: Tensor,
+    target: Tensor,
+    num_classes: int,
+    ignore_index: int = 255,
+    backend: str = "auto",
+) -> Tensor:
+    """Count pixels by (target, label).
+
+    Args:
+        labels: (...,) uint8|int16|int32|int64 predictions in [0, num_classes); any value where the
+            target is ignored.
+        target: (...,) uint8|int16|int32|int64 truth in [0, num_classes) or `ignore_index`.
+        num_classes: K.
+        ignore_index: pixels of this target are left out, be it a class or not.
+        backend: see `segmenter_fast.backend`.
+
+    Returns:
+        (K, K) int64 on the inputs' device; rows are the truth.
+
+    Raises:
+        ValueError: shapes or devices differ, a value is out of range, num_classes below 1.
+        TypeError: not one of the integer types.
+        BackendError: the backend named cannot run here.
+    """
+    for name, tensor in (("labels", labels), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in TARGET_DTYPES:
+            raise TypeError(f"{name} must be uint8, int16, int32 or int64, got {tensor.dtype}")
+    if labels.shape != target.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} and target {tuple(target.shape)} differ")
+    if labels.device != target.device:
+        raise ValueError(
+            f"labels are on {labels.device} and target is on {target.device}; move one of them"
+        )
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if resolve_backend(backend, labels.device) == "reference":
+        return confusion_matrix_reference(labels, target, num_classes, ignore_index)
+    return torch.ops.segmenter_fast.confusion_matrix(labels, target, num_classes, ignore_index)
 
 
 def upsample_confusion(
@@ -21,10 +116,13 @@ def upsample_confusion(
     """Confusion counts C[t, argmax_k z_k] of the bilinearly upsampled logits.
 
     Args:
-        logits, crop, backend: as for `upsample_logits`; the target covers `crop`.
-        target: (B, height, width) uint8|int16|int32|int64 class indices.
+        logits: (B, K, h, w) floating point, any strides.
+        target: (B, height, width) uint8|int16|int32|int64 class indices, covering `crop`.
         size: (H, W) the full output, in pixels; None is the target's own size.
+        crop: (top, left, height, width) in pixels, the part of `size` that the target covers; None
+            is all of it.
         ignore_index: label of the pixels that are not counted.
+        backend: see `segmenter_fast.backend`.
 
     Returns:
         (K, K) int64, rows are target classes and columns predicted ones; every pixel that is not
@@ -36,11 +134,5 @@ def upsample_confusion(
         BackendError: the backend named cannot run here.
     """
     size, crop = check_target(target, logits, size, crop)
-    n_cls = logits.shape[1]
-    check_labels(target, n_cls, ignore_index)
     labels = upsample_argmax(logits, size, crop, backend=backend)
-    target = target.long()
-    # Ignored pixels fall into one extra bin, which keeps the shapes fixed.
-    bins = torch.where(target == ignore_index, n_cls * n_cls, target * n_cls + labels)
-    counts = torch.bincount(bins.flatten(), minlength=n_cls * n_cls + 1)
-    return counts[: n_cls * n_cls].view(n_cls, n_cls)
+    return confusion_matrix(labels, target, logits.shape[1], ignore_index, backend=backend)
