@@ -97,7 +97,8 @@ class ScratchMemory {
 };
 
 template <typename T>
-void run(const Upsampling& u, void* out, int64_t out_values, UpsampleProbabilitiesKernel<T> kernel) {
+void run(const Upsampling& u, void* out, int64_t out_values,
+         UpsampleProbabilitiesKernel<T> kernel) {
   const AxisTables<T> rows(u.h, u.H, u.top, u.height, std::numeric_limits<int64_t>::max());
   const std::vector<RowRun<T>> runs = row_runs(rows, u);
 

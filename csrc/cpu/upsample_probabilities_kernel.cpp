@@ -26,6 +26,7 @@
 #include "upsample_probabilities_kernel.h"
 
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "../cell.h"
@@ -112,9 +113,14 @@ struct Block {
   T step;
 };
 
-// 2^z of class k in the run's first row, and the ratio of one row's to the row's before.
+// 2^z of one class in the run's first row, and the ratio of a row's to that of the row before.
 template <typename T>
-inline std::pair<Values<T>, Values<T>> progression(const Block<T>& block, int64_t k) {
+struct Progression {
+  Values<T> power, ratio;
+};
+
+template <typename T>
+inline Progression<T> progression(const Block<T>& block, int64_t k) {
   const Values<T> upper = load(block.upper + k * kLanes<T>);
   const Values<T> lower = load(block.lower + k * kLanes<T>);
   return {exp2<T>(blend(upper, lower, block.w0[0], block.w1[0])),

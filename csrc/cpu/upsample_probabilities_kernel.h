@@ -45,13 +45,13 @@ struct UpsampleProbabilitiesView {
 template <typename T>
 struct ProbabilityScratch {
   int64_t columns;
-  T* patches;         // (K, patch columns): one row of patches, class-first
-  T* largest;         // (patch columns)
-  uint8_t* narrow;    // (patch columns)
-  T* line;            // (columns + kTablePadding)
-  T* blended[2];      // (columns / lanes, K, lanes): patch rows at every output column
+  T* patches;          // (K, patch columns): one row of patches, class-first
+  T* largest;          // (patch columns)
+  uint8_t* narrow;     // (patch columns)
+  T* line;             // (columns + kTablePadding)
+  T* blended[2];       // (columns / lanes, K, lanes): patch rows at every output column
   uint8_t* steady[2];  // (columns / lanes)
-  T* shift;           // (kMaxRunRows, columns)
+  T* shift;            // (kMaxRunRows, columns)
   T* inverse;          // (kMaxRunRows, columns)
   T* result;           // (kMaxRunRows, columns)
 };
