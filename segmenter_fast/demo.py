@@ -16,8 +16,9 @@ from torch import Tensor
 from segmenter_fast.backend import check_backend, resolve_backend
 from segmenter_fast.data.scenes import Scenes
 from segmenter_fast.inference import predict
-from segmenter_fast.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
+from segmenter_fast.metrics import iou, mean_iou, pixel_accuracy
 from segmenter_fast.model import SegmenterModel
+from segmenter_fast.ops.confusion import confusion_matrix
 from segmenter_fast.ops.upsample_argmax import upsample_argmax
 from segmenter_fast.visualize import colorize, save_image, side_by_side
 

@@ -4,7 +4,8 @@ import torch
 from tqdm import tqdm
 
 from segmenter_fast.inference import predict
-from segmenter_fast.metrics import confusion_matrix, iou, mean_iou, pixel_accuracy
+from segmenter_fast.metrics import iou, mean_iou, pixel_accuracy
+from segmenter_fast.ops.confusion import confusion_matrix
 
 
 @torch.inference_mode()

@@ -1,6 +1,5 @@
 """What is read off a confusion matrix (ops/confusion.py makes one)."""
 
-import torch
 from torch import Tensor
 
 

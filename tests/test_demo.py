@@ -15,8 +15,9 @@ from segmenter_fast.config import SegmenterConfig
 from segmenter_fast.data.scenes import Scenes
 from segmenter_fast.demo import run_demo
 from segmenter_fast.inference import predict
-from segmenter_fast.metrics import confusion_matrix, mean_iou
+from segmenter_fast.metrics import mean_iou
 from segmenter_fast.model import SegmenterModel
+from segmenter_fast.ops.confusion import confusion_matrix
 from segmenter_fast.variants import create_model_from_config
 
 

@@ -37,9 +37,12 @@ def test_methods_are_the_functions(logits, target, backend):
     where = (SIZE, CROP)
     assert_labels(patch.labels(), logits, *where)
     assert torch.equal(patch.logits(), upsample_logits(logits, *where))
-    assert torch.equal(patch.probabilities(), upsample_probabilities(logits, *where))
     assert torch.equal(
-        patch.probabilities(top1=True), upsample_probabilities(logits, *where, top1=True)
+        patch.probabilities(), upsample_probabilities(logits, *where, backend=backend)
+    )
+    assert torch.equal(
+        patch.probabilities(top1=True),
+        upsample_probabilities(logits, *where, top1=True, backend=backend),
     )
     assert torch.equal(
         patch.confusion(target), upsample_confusion(logits, target, *where, backend=backend)
@@ -50,7 +53,12 @@ def test_methods_are_the_functions(logits, target, backend):
         assert torch.equal(
             patch.cross_entropy(every_label_valid, reduction=reduction, **options),
             upsample_cross_entropy(
-                logits, every_label_valid, *where, reduction=reduction, **options
+                logits,
+                every_label_valid,
+                *where,
+                reduction=reduction,
+                backend=backend,
+                **options,
             ),
         )
     assert torch.equal(

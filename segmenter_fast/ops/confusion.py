@@ -2,9 +2,9 @@
 
     C[t, l] = number of pixels with target t and label l          t not ignore_index
 
-From patch logits the label is argmax_k z_k (ops/upsample_argmax.py). The label map is written on the
-way: at a byte per pixel it costs a hundredth of the logits it replaces, and one counter serves labels
-from anywhere. No gradient.
+From patch logits the label is argmax_k z_k (ops/upsample_argmax.py). The label map is written on
+the way: at a byte per pixel it is a hundredth of the logits that it replaces, and one counter
+serves labels from anywhere. No gradient.
 """
 
 import torch
@@ -38,7 +38,13 @@ def _confusion_matrix_op(
     labels: Tensor, target: Tensor, num_classes: int, ignore_index: int
 ) -> Tensor:
     labels, target = labels.contiguous(), target.contiguous()
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    try:
+        counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    except RuntimeError as error:
+        raise MemoryError(
+            f"counts of {num_classes} x {num_classes} classes take {8 * num_classes**2 / 2**30:.1f} "
+            "GiB, which cannot be allocated"
+        ) from error
     bad_targets, bad_labels = native_module().confusion_matrix(
         labels.data_ptr(),
         dtype_name(labels),
