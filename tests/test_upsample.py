@@ -65,7 +65,7 @@ def test_empty():
 def test_compile_fullgraph():
     function = torch.compile(upsample_logits, fullgraph=True, backend="aot_eager")
     logits = noise((2, 5, 3, 4))
-    assert torch.equal(function(logits, (13, 17)), upsample_logits(logits, (13, 17)))
+    torch.testing.assert_close(function(logits, (13, 17)), upsample_logits(logits, (13, 17)))
 
 
 def test_label_dtype_is_the_smallest_that_holds_the_classes():

@@ -41,9 +41,10 @@ def _confusion_matrix_op(
     try:
         counts = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     except RuntimeError as error:
+        size = 8 * num_classes**2 / 2**30
         raise MemoryError(
-            f"counts of {num_classes} x {num_classes} classes take {8 * num_classes**2 / 2**30:.1f} "
-            "GiB, which cannot be allocated"
+            f"counts of {num_classes} x {num_classes} classes take {size:.1f} GiB, which cannot be "
+            "allocated"
         ) from error
     bad_targets, bad_labels = native_module().confusion_matrix(
         labels.data_ptr(),
