@@ -81,6 +81,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSEGMENTER_VERSION={self.distribution.get_version()}",
+            f"-DSEGMENTER_SANITIZE={os.environ.get('SEGMENTER_FAST_SANITIZE', '')}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run([cmake_program, "--build", build_dir], check=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_close
+from harness import Work
 from torch import Tensor
 
 from segmenter_fast.ops.upsample_cross_entropy import upsample_cross_entropy
@@ -19,8 +20,8 @@ from segmenter_fast.ops.upsample_cross_entropy import upsample_cross_entropy
 BATCH, SIZE = 2, (512, 512)
 
 
-def work(n_cls: int, grid: int, backward: bool) -> tuple[float, float]:
-    """(FLOP, bytes) that one call cannot do without.
+def work(n_cls: int, grid: int, backward: bool) -> Work:
+    """What one call cannot do without.
 
     Per pixel and class, with the logits of a row of a cell in geometric progression: forward a
     multiplication and an addition; backward a fused multiply-add (2 FLOP) for the left end of the
@@ -31,7 +32,7 @@ def work(n_cls: int, grid: int, backward: bool) -> tuple[float, float]:
     pixels = BATCH * SIZE[0] * SIZE[1]
     flop = pixels * n_cls * ((6 if backward else 2) + 22 * grid / SIZE[1])
     patches = BATCH * n_cls * grid * grid * 4
-    return flop, patches * (2 if backward else 1) + pixels * 8
+    return Work(flop, patches * (2 if backward else 1) + pixels * 8)
 
 
 def make_logits(kind: str, n_cls: int, grid: int) -> Tensor:
@@ -65,13 +66,12 @@ def native(logits: Tensor, target: Tensor) -> Tensor:
     return upsample_cross_entropy(logits, target, backend="native")
 
 
-def with_backward(function: Callable, logits: Tensor, target: Tensor) -> Callable:
-    """A contestant that returns (loss, gradient of a class-first copy or view)."""
-    leaf = logits.detach().requires_grad_()
+def gradient_of(loss: Callable[[], Tensor], leaf: Tensor) -> Callable:
+    """A contestant that returns (loss, its gradient)."""
 
     def call() -> tuple[Tensor, Tensor]:
-        loss = function(leaf, target)
-        return loss.detach(), *torch.autograd.grad(loss, leaf)
+        value = loss()
+        return value.detach(), *torch.autograd.grad(value, leaf)
 
     return call
 
@@ -89,6 +89,7 @@ def exact_result(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return total, torch.cat(gradients)
 
 
+# The first and the last also against torch.compile, which takes a minute to compile for each.
 CASES = [
     (150, 32, "noise", "regions"),
     (150, 32, "smooth", "regions"),
@@ -101,7 +102,7 @@ CASES = [
 
 @pytest.mark.parametrize(("n_cls", "grid", "logits", "labels"), CASES)
 @pytest.mark.parametrize("backward", [True, False], ids=["forward and backward", "forward"])
-def test_cross_entropy(contest, with_compile, n_cls, grid, logits, labels, backward):
+def test_cross_entropy(contest, compiled, n_cls, grid, logits, labels, backward):
     if not backward and (n_cls, grid, logits, labels) != CASES[0]:
         pytest.skip("forward alone is timed once")
     name = f"{n_cls} classes, {grid} x {grid}, {logits} logits, {labels} labels"
@@ -113,15 +114,21 @@ def test_cross_entropy(contest, with_compile, n_cls, grid, logits, labels, backw
 
     def contestant(function: Callable, logits: Tensor) -> Callable:
         if backward:
-            return with_backward(function, logits, target)
+            leaf = logits.detach().requires_grad_()
+            return gradient_of(lambda: function(leaf, target), leaf)
         return lambda: (function(logits, target),)
 
     contestants = {
         "interpolate + cross_entropy, class first": contestant(eager, class_first),
         "interpolate + cross_entropy, class last": contestant(eager, class_last),
     }
-    if with_compile:
-        contestants["torch.compile, class first"] = contestant(torch.compile(eager), class_first)
+    if (n_cls, grid, logits, labels) in (CASES[0], CASES[-1]):
+        for layout, x in (("class first", class_first), ("class last", class_last)):
+            leaf = x.detach().requires_grad_(backward)
+            call = compiled(eager, leaf, target)
+            contestants[f"torch.compile, {layout}"] = (
+                gradient_of(call, leaf) if backward else lambda call=call: (call(),)
+            )
     peers = len(contestants)
     contestants["native, class first"] = contestant(native, class_first)
     contestants["native, class last"] = contestant(native, class_last)
@@ -138,6 +145,7 @@ def test_cross_entropy(contest, with_compile, n_cls, grid, logits, labels, backw
         f"{'forward and backward' if backward else 'forward'}, {name}",
         contestants,
         check=check,
-        rounds=3,
+        rounds=5,
         peers=peers,
+        work=work(n_cls, grid, backward),
     )

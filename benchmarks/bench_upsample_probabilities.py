@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import assert_close
+from harness import Work
 from torch import Tensor
 
 from segmenter_fast.ops.upsample_probabilities import upsample_probabilities
@@ -17,8 +18,8 @@ from segmenter_fast.ops.upsample_probabilities import upsample_probabilities
 N_CLS, GRID, SIZE = 150, 32, (512, 512)
 
 
-def work(batch: int, top1: bool) -> tuple[float, float]:
-    """(FLOP, bytes) of one call, the least that the kernel's method needs.
+def work(batch: int, top1: bool) -> Work:
+    """What one call needs at least by the kernel's method.
 
     Per class and pixel an addition to the sum and a product to the next power, and for top1 a
     comparison. All probabilities: the progression once more, and a product with 1 / sum. The two
@@ -28,7 +29,8 @@ def work(batch: int, top1: bool) -> tuple[float, float]:
     pixels = batch * SIZE[0] * SIZE[1]
     operations = 3 + 30 / 8 if top1 else (2 + 30 / 8) + (2 + 30 / 8)
     written = pixels if top1 else pixels * N_CLS
-    return operations * pixels * N_CLS, 4.0 * (batch * N_CLS * GRID * GRID + written)
+    bytes_ = 4.0 * (batch * N_CLS * GRID * GRID + written)
+    return Work(operations * pixels * N_CLS, bytes_)
 
 
 def make_logits(batch: int) -> Tensor:
@@ -43,7 +45,7 @@ def eager(logits: Tensor, top1: bool) -> Tensor:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("top1", [True, False], ids=["top1", "all"])
-def test_probabilities(contest, with_compile, top1, batch):
+def test_probabilities(contest, compiled, top1, batch):
     class_first = make_logits(batch)
     # What a decoder gives: (B, h w, K) seen as (B, K, h, w).
     class_last = class_first.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
@@ -51,9 +53,9 @@ def test_probabilities(contest, with_compile, top1, batch):
         "interpolate + softmax, class first": lambda: eager(class_first, top1),
         "interpolate + softmax, class last": lambda: eager(class_last, top1),
     }
-    if with_compile:
-        compiled = torch.compile(eager)
-        contestants["torch.compile, class first"] = lambda: compiled(class_first, top1)
+    if batch == 1:
+        contestants["torch.compile, class first"] = compiled(eager, class_first, top1)
+        contestants["torch.compile, class last"] = compiled(eager, class_last, top1)
     peers = len(contestants)
     if not top1:
         contestants["a fill of that size"] = lambda: torch.full((batch, N_CLS, *SIZE), 0.5)
@@ -74,6 +76,7 @@ def test_probabilities(contest, with_compile, top1, batch):
         check=check,
         rounds=9 if batch == 1 else 3,
         peers=peers,
+        work=work(batch, top1),
     )
 
 

@@ -63,6 +63,19 @@ SEGMENTER_HD V greater(V a, V b) {
   return a > b ? a : b;
 }
 
+// One of something per corner of a cell, named as above.
+template <typename V>
+struct Corners {
+  V a, b, c, d;
+};
+
+// The four patches around a cell, from the rows of patches above and below it; x0 and x1 are the
+// columns of its corners, and a patch takes `size` entries.
+template <typename T>
+SEGMENTER_HD Corners<T*> corners_at(T* upper, T* lower, int64_t x0, int64_t x1, int64_t size) {
+  return {upper + x0 * size, upper + x1 * size, lower + x0 * size, lower + x1 * size};
+}
+
 // Lowers the pruning bound by a few roundings, so that no class that could tie is dropped. `taps` is
 // the number of weights that meet in a value, of both axes together: 4 in a cell.
 //

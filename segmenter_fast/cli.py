@@ -337,7 +337,7 @@ def _root(
 # What is computed, and the function of the compiled module that can do it.
 OPERATIONS = (
     ("labels (upsample + argmax)", "upsample_argmax"),
-    ("confusion matrix", "upsample_argmax"),
+    ("confusion matrix", "confusion_matrix"),
     ("probabilities", "upsample_probabilities"),
     ("cross-entropy", "upsample_cross_entropy"),
     ("windows, scales and flips", "window_labels"),

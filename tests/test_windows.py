@@ -13,6 +13,7 @@ from window_cases import CASES, each_case, make_view
 
 from segmenter_fast import _C
 from segmenter_fast.backend import BackendError
+from segmenter_fast.ops.upsample_argmax import upsample_argmax
 from segmenter_fast.ops.window_geometry import WindowView, axis_taps, window_anchors
 from segmenter_fast.ops.windows import (
     WindowLogits,
@@ -288,7 +289,7 @@ def test_label_dtype_grows_with_classes():
 def test_one_window_is_plain_upsampling():
     logits = torch.randn(1, 11, 5, 7, generator=torch.Generator().manual_seed(0))
     view = WindowView(logits, (75, 107), (75, 107), 107, 16)
-    plain = torch.ops.segmenter_fast.upsample_argmax(logits, (80, 112), (0, 0, 75, 107))[0]
+    plain = upsample_argmax(logits, (80, 112), (0, 0, 75, 107), backend="native")[0]
     assert torch.equal(native_labels(view, (75, 107)), plain)
 
 

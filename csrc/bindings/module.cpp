@@ -13,6 +13,7 @@ py::dict build_info() {
   info["cxx_standard"] = static_cast<int>(__cplusplus / 100 % 100);
   info["simd_levels"] = compiled_simd_levels();
   info["cuda"] = false;
+  info["sanitizers"] = SEGMENTER_SANITIZE;
   return info;
 }
 
@@ -26,7 +27,8 @@ PYBIND11_MODULE(_C, m) {
 
 Returns:
     dict: version, compiler, compiler_version, build_type (str), cxx_standard (int),
-    simd_levels (list of str, lowest first), cuda (bool).)");
+    simd_levels (list of str, lowest first), cuda (bool), sanitizers (str, empty in a build for
+    use).)");
 
   m.def(
       "simd_level", [] { return simd_level_name(simd_level()); },

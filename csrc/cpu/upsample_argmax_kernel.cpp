@@ -22,11 +22,6 @@ namespace {
 // Cells of this many pixels or fewer are not worth a bound.
 constexpr int64_t kFewPixels = 2;
 
-template <typename T>
-struct Corners {
-  const T *a, *b, *c, *d;  // (K_padded) each
-};
-
 // Copies one row of patches to class-last order and pads the classes with copies of the last one:
 // a copy never wins over the original, which comes first, so no loop over classes needs a tail.
 // Marks the patches whose logits are all ordinary numbers: no NaN, no infinity, and nothing so
@@ -55,7 +50,7 @@ void pack_row(const UpsampleArgmaxView<T>& view, int64_t image, int64_t y, T* pa
 
 // The argmax at one pixel over all classes, whatever their values.
 template <typename T>
-int32_t label_pixel(const Corners<T>& corners, int64_t K_padded, T wy0, T wy1, T wx0, T wx1) {
+int32_t label_pixel(const Corners<const T*>& corners, int64_t K_padded, T wy0, T wy1, T wx0, T wx1) {
   Argmax<T> argmax;
   for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
     const Values<T> left = blend(load(corners.a + k), load(corners.c + k), wy0, wy1);
@@ -68,7 +63,7 @@ int32_t label_pixel(const Corners<T>& corners, int64_t K_padded, T wy0, T wy1, T
 // Writes the classes that no other beats in the whole cell to `kept`, in order; returns their
 // number.
 template <typename T>
-int64_t prune_cell(const Corners<T>& corners, int64_t K, int64_t K_padded, T* largest_corner,
+int64_t prune_cell(const Corners<const T*>& corners, int64_t K, int64_t K_padded, T* largest_corner,
                    int32_t* kept) {
   Values<T> best = splat(-std::numeric_limits<T>::infinity());
   for (int64_t k = 0; k < K_padded; k += kLanes<T>) {
@@ -147,7 +142,7 @@ inline void fill(Label* row, int64_t begin, int64_t end, int32_t label) {
 }
 
 template <typename T, typename Label>
-void label_cell_pixel_by_pixel(const UpsampleArgmaxView<T>& view, const Corners<T>& corners,
+void label_cell_pixel_by_pixel(const UpsampleArgmaxView<T>& view, const Corners<const T*>& corners,
                                const Run& ys, const Run& xs, Label* labels) {
   for (int64_t y = ys.begin; y < ys.end; ++y) {
     for (int64_t x = xs.begin; x < xs.end; ++x) {
@@ -160,7 +155,7 @@ void label_cell_pixel_by_pixel(const UpsampleArgmaxView<T>& view, const Corners<
 
 template <typename T, typename Label>
 void label_cell(const UpsampleArgmaxView<T>& view, const Scratch<T>& scratch,
-                const Corners<T>& corners, const Run& ys, const Run& xs, Label* labels) {
+                const Corners<const T*>& corners, const Run& ys, const Run& xs, Label* labels) {
   const int64_t n = prune_cell(corners, view.K, view.K_padded, scratch.left, scratch.kept);
   if (n == 1) {
     for (int64_t y = ys.begin; y < ys.end; ++y) {
@@ -206,8 +201,7 @@ void label_rows(const UpsampleArgmaxView<T>& view, const Scratch<T>& scratch, in
     for (int64_t c = 0; c < view.cols.n_runs; ++c) {
       const Run& xs = view.cols.runs[c];
       const int64_t x0 = xs.i0 - view.x_begin, x1 = xs.i1 - view.x_begin;
-      const Corners<T> corners = {upper + x0 * view.K_padded, upper + x1 * view.K_padded,
-                                  lower + x0 * view.K_padded, lower + x1 * view.K_padded};
+      const Corners<const T*> corners = corners_at(upper, lower, x0, x1, view.K_padded);
       const bool ordinary =
           upper_ordinary[x0] & upper_ordinary[x1] & lower_ordinary[x0] & lower_ordinary[x1];
       if (!ordinary || (ys.end - ys.begin) * (xs.end - xs.begin) <= kFewPixels) {

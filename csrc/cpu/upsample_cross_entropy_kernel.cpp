@@ -87,12 +87,6 @@ constexpr int kChunkPadding = 16;
 template <typename T>
 using View = UpsampleCrossEntropyView<T>;
 
-// One number per corner of a cell, named as in cell.h.
-template <typename N>
-struct Corners {
-  N a, b, c, d;
-};
-
 // ------------------------------------------------------------------------------------ packing
 template <typename T>
 void pack(const View<T>& view, int64_t image, int64_t y) {
@@ -547,9 +541,9 @@ void row_of_cells(const View<T>& view, const CrossEntropyScratch<T>& scratch, in
     const Chunk<T>& chunk = view.chunks[i];
     const int64_t x0 = chunk.i0 - view.x_begin, x1 = chunk.i1 - view.x_begin;
     const int64_t n = chunk.end - chunk.begin;
+    // `first` and `second` are the upper and lower row of patches in an array of rows.
     const auto at_corners = [&](auto* base, int64_t size, int64_t first, int64_t second) {
-      return Corners<decltype(base)>{base + (first + x0) * size, base + (first + x1) * size,
-                                     base + (second + x0) * size, base + (second + x1) * size};
+      return corners_at(base + first * size, base + second * size, x0, x1, size);
     };
     ChunkCorners<T> corners{};
     corners.logits = at_corners(static_cast<const T*>(view.patches.values), K_padded, upper, lower);
