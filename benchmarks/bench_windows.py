@@ -1,10 +1,11 @@
 """Sliding windows to labels: 512 x 683, windows of 512, K = 150, smooth logits as a network's.
 
 The peer is the protocol's own way: every window upsampled, added up at full resolution, divided,
-resized, softmax, argmax; it holds several K x H x W tensors of 210 MB. "As in the official code" its
-windows are class-last in memory, as the official decoder leaves them, which PyTorch's interpolation
-then keeps; its best form has them class-first. The windows' logits are independent of each other, so
-that where they overlap many classes compete: with a network's, which agree, pruning leaves fewer.
+resized, softmax, argmax; it holds several K x H x W tensors of 210 MB. "As in the official code"
+its windows are class-last in memory, as the official decoder leaves them, which PyTorch's
+interpolation then keeps; its best form has them class-first. The windows' logits are independent of
+each other, so that where they overlap many classes compete: with a network's, which agree, pruning
+leaves fewer.
 """
 
 import pytest

@@ -342,7 +342,7 @@ OPERATIONS = (
     ("cross-entropy", "upsample_cross_entropy"),
     ("windows, scales and flips", "window_labels"),
     ("attention", "attention"),
-    ("mask product", "mask_product"),
+    ("normalised mask product", "mask_product"),
 )
 
 

@@ -188,8 +188,9 @@ def test_info():
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["devices"][0]["device"] == "cpu" and facts["devices"][0]["auto"] == "native"
     assert facts["compiled"]["simd_level"] in facts["compiled"]["simd_levels"]
-    assert facts["operations"]["labels (upsample + argmax)"].startswith("compiled")
-    assert facts["operations"]["probabilities"] == "PyTorch"
+    level = facts["compiled"]["simd_level"]
+    assert facts["operations"]["labels (upsample + argmax)"] == f"compiled, {level}"
+    assert facts["operations"]["normalised mask product"] == "PyTorch"
     text = run("info")
     for word in (torch.__version__, facts["compiled"]["simd_level"], "native", "triton"):
         assert word in text
