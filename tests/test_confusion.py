@@ -75,8 +75,10 @@ def test_matches_reference(n_cls, labels_dtype, target_dtype):
 def test_threads_do_not_change_the_counts():
     # More pixels than a task takes, and tables that several threads can and cannot afford.
     for n_cls, ignore_index in ((19, 255), (1500, 3), (3000, -1)):
-        labels = blocks((300, 401), n_cls, 0)
-        target = blocks((300, 401), n_cls, 1)
+        labels = blocks((900, 801), n_cls, 0)
+        target = blocks((900, 801), n_cls, 1)
+        # The last counter, in everybody's share of the pixels.
+        labels[:, -1] = target[:, -1] = n_cls - 1
         alone, _ = native_count(labels, target, n_cls, ignore_index)
         assert alone.sum() == (target != ignore_index).sum()
         for threads in (2, 3, 7):
