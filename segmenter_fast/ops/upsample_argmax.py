@@ -74,6 +74,9 @@ def upsample_argmax(
     Source: official segm/eval/miou.py (interpolate, softmax and argmax in one step).
     """
     geometry = check_geometry(logits, size, crop)
-    if resolve_backend(backend, logits.device) == "reference":
+    backend = resolve_backend(backend, logits.device)
+    if backend == "reference":
         return upsample_argmax_reference(logits.detach(), *geometry)
+    if backend == "triton":
+        return torch.ops.segmenter_fast.upsample_argmax_triton(logits.detach(), *geometry)
     return torch.ops.segmenter_fast.upsample_argmax(logits.detach(), *geometry)
