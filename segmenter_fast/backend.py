@@ -2,8 +2,8 @@
 
 `reference` is plain PyTorch on any device and the definition of the right answer. `native` is the
 CPU path: the compiled kernels of `segmenter_fast._C` beside PyTorch's own matrix products and fused
-attention. `triton` is the GPU path; its kernels have not landed, and it says so. `auto` looks at
-the device of the tensor in hand.
+attention. `triton` is the GPU path, and runs on CPU tensors too where Triton's interpreter was
+chosen. `auto` looks at the device of the tensor in hand.
 """
 
 import torch
@@ -42,7 +42,8 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         device: where the input tensor lives.
 
     Returns:
-        "reference" or "native". `auto` is native on a CPU and reference elsewhere.
+        "reference", "native" or "triton". `auto` is native on a CPU, triton on a GPU of CUDA, and
+        reference elsewhere.
 
     Raises:
         ValueError: unknown name.
@@ -51,15 +52,14 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
     check_backend(backend)
     kind = torch.device(device).type
     if backend == "auto":
-        return "native" if kind == "cpu" else "reference"
+        backend = {"cpu": "native", "cuda": "triton"}.get(kind, "reference")
     if backend == "native" and kind != "cpu":
         raise BackendError(
             f"backend 'native' runs on the CPU; the input is on {kind!r}. "
             "Move it with .cpu(), or use backend='auto'."
         )
     if backend == "triton":
-        raise BackendError(
-            "backend 'triton' has no kernels yet in this version. "
-            "Use backend='auto': plain PyTorch on a GPU, the compiled kernels on a CPU."
-        )
+        from segmenter_fast.ops._triton import check_kind
+
+        check_kind(kind)
     return backend

@@ -3,20 +3,20 @@
 Interpreter. With TRITON_INTERPRET=1 kernels run on CPU tensors, in NumPy. The variable is read when
 a kernel is decorated, that is, at import. The interpreter is silently wrong for bfloat16 arithmetic
 and for float32 -> bfloat16, which it truncates instead of rounding; kernels therefore convert as
-they load (`load_as`), store through `store_as` and multiply through `dot`. It knows no libdevice and
-no inline assembly, so no kernel uses either. tests/test_triton.py states these facts, and fails when
-a version of Triton changes them.
+they load (`load_as`), store through `store_as` and multiply through `dot`. It knows no libdevice
+and no inline assembly, so no kernel uses either. tests/test_triton.py states these facts, and fails
+when a version of Triton changes them.
 
 Configurations. A kernel has a table of `Config`s by architecture, the preferred one first. What was
-compiled but never run on such a chip has `verified=False`; an architecture that a table does not name
-takes the entry "default", which every chip since sm_80 can hold.
+compiled but never run on such a chip has `verified=False`; an architecture that a table does not
+name takes the entry "default", which every chip since sm_80 can hold.
 
 Launches go through `launch`. While a `Recorder` is in force they are written down instead of run:
 so the compile report compiles exactly the specialisations that the operations ask for.
 
-ptxas. Versions before 13.1 were seen to miscompile Hopper's asynchronous matrix instructions when an
-operand comes from registers (triton#11781, flash-linear-attention#1262), that is, when it is computed
-rather than loaded. `check_ptxas` refuses such a compiler for such kernels on sm_90.
+ptxas. Versions before 13.1 were seen to miscompile Hopper's asynchronous matrix instructions when
+an operand comes from registers (triton#11781, flash-linear-attention#1262), that is, when it is
+computed rather than loaded. `check_ptxas` refuses such a compiler for such kernels on sm_90.
 """
 
 import functools
@@ -99,8 +99,8 @@ def store_as(pointer, value, mask):
 def dot(a, b, acc):
     """`acc` + a @ b, accumulated in acc's type; 16-bit a and b go to the tensor cores as they are.
 
-    float32 is multiplied as such, not as TF32. The interpreter multiplies bfloat16 wrongly, so there
-    the operands are converted first.
+    float32 is multiplied as such, not as TF32. The interpreter multiplies bfloat16 wrongly, so
+    there the operands are converted first.
     """
     if _INTERPRETED:
         return acc + tl.dot(a.to(acc.dtype), b.to(acc.dtype), input_precision="ieee").to(acc.dtype)
@@ -253,17 +253,22 @@ class Recorder:
         _recorder = None
 
 
-def check_device(tensor: Tensor) -> None:
-    """Raise BackendError unless kernels can run on this tensor: a GPU's, or interpreted."""
-    if tensor.is_cuda or _recorder is not None:
+def check_kind(kind: str) -> None:
+    """Raise BackendError unless kernels can run on this kind of device: "cuda", or interpreted."""
+    if _recorder is not None:
         return
     require_triton()
-    if not INTERPRETED or tensor.device.type != "cpu":
+    if kind != "cuda" and not (INTERPRETED and kind == "cpu"):
         raise BackendError(
-            f"backend 'triton' runs on a GPU; the input is on {str(tensor.device)!r}. Move it with "
-            ".cuda(), or use backend='auto'. (With TRITON_INTERPRET=1 in the environment kernels "
-            "run on CPU tensors, slowly, for tests.)"
+            f"backend 'triton' runs on a GPU; the input is on {kind!r}. Move it with .cuda(), or "
+            "use backend='auto'. (With TRITON_INTERPRET=1 in the environment kernels run on CPU "
+            "tensors, slowly, for tests.)"
         )
+
+
+def check_device(tensor: Tensor) -> None:
+    """`check_kind` of a tensor's device."""
+    check_kind(tensor.device.type)
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], config: Config, *args: Any, **constexprs: Any):
@@ -287,10 +292,9 @@ def launch(kernel: Kernel, grid: tuple[int, ...], config: Config, *args: Any, **
         arguments = dict(zip(names, args, strict=False)) | constexprs
         _recorder.launches.append(Launch(kernel, config, grid, arguments))
         return
-    require_triton()
     first = args[0]
+    check_device(first)
     if not first.is_cuda:
-        check_device(first)
         kernel.function[grid](*args, **constexprs, **config.options())
         return
     if kernel.register_operands:

@@ -1,13 +1,13 @@
 """The geometry of bilinear upsampling for Triton kernels, as csrc/cell.h has it for C++.
 
 Pixel Y of n_out lies at source coordinate y = ((2Y + 1) n_in - n_out) / (2 n_out), in the cell
-c = floor(y) between patches c and c + 1, with weight y - c on the latter. Cells go from -1, whose
-two patches are both the first, to n_in - 1, whose two are both the last: with equal patches the
-weight does not matter, so no coordinate needs to be clamped, and inside every cell, the border's too,
-values are linear.
+c = floor(y) between patches c and c + 1, with weight y - c on the latter. Cells go from -1, of the
+pixels before the first patch's centre, to n_in - 1, of those after the last one's; there the value
+is that of the first and of the last patch. PyTorch reads the second patch as well in cell -1, with
+weight 0, which shows where it is NaN or infinite.
 
-Which pixels a cell has is decided in integers, on the host and in kernels alike. So nobody disagrees
-about it, and the weight is exact up to a single rounding.
+Which pixels a cell has is decided in integers, on the host and in kernels alike. So nobody
+disagrees about it, and the weight is exact up to a single rounding.
 """
 
 from typing import NamedTuple
@@ -38,8 +38,9 @@ def cell_of(pixel, n_in, n_out):
 
 @triton.jit
 def weight_of(pixel, cell, n_in, n_out, DTYPE: tl.constexpr):
-    """y - cell."""
-    return ((2 * pixel + 1) * n_in - (2 * cell + 1) * n_out).to(DTYPE) / (2 * n_out)
+    """How far pixels lie beyond their cell's first patch, y - cell; 0 in cell -1."""
+    distance = tl.where(cell < 0, 0, (2 * pixel + 1) * n_in - (2 * cell + 1) * n_out)
+    return distance.to(DTYPE) / (2 * n_out)
 
 
 def host_cell_of(pixel: int, n_in: int, n_out: int) -> int:

@@ -2,18 +2,18 @@
 
     label(Y, X) = argmax_k z_k(Y, X)          z as in ops/upsample.py
 
-Two kernels. The first looks at a tile's patches only. Inside a cell of the patch grid every z_k is a
-convex combination of four corners, so with
+Two kernels. The first looks at a tile's patches only. Inside a cell of the patch grid every z_k is
+a convex combination of four corners, so with
 
     least = max_k min_corners l_k          no label's logit is below it anywhere in the cell
 
 a class whose corners all lie below `least` cannot win in that cell. It writes, for each tile, the
 classes that may win in any of its cells, in order: often a handful of the 150. The second kernel
-reads that list, interpolates those classes, and keeps the largest. Along a column of pixels in a cell
-z_k is linear, v + d y, so the corners are read and blended once for all rows of the tile.
+reads that list, interpolates those classes, and keeps the largest. Along a column of pixels in a
+cell z_k is linear, v + d y, so the corners are read and blended once for all rows of the tile.
 
-A tile with a NaN or an infinity among its patches is marked, and goes through all classes with
-`torch.argmax`'s rule: NaN counts as the largest value. The first class wins ties everywhere.
+A tile with a NaN or an infinity among its patches is marked, and goes through all classes with the
+rule of `torch.argmax`: NaN counts as the largest value. The first class wins ties everywhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,10 +84,10 @@ def _candidates_kernel(
     cell_x = cell_of(x, w, W) + tl.arange(0, CELLS)
     in_tile = cell_x <= cell_of(x_last, w, W)
     x0 = tl.minimum(tl.maximum(cell_x, 0), w - 1)
-    x1 = tl.minimum(cell_x + 1, w - 1)
+    x1 = tl.minimum(tl.maximum(cell_x, 0) + 1, w - 1)
     patches = logits_ptr + image.to(tl.int64) * stride_b
     upper = patches + tl.maximum(y, 0).to(tl.int64) * stride_h
-    lower = patches + tl.minimum(y + 1, h - 1).to(tl.int64) * stride_h
+    lower = patches + tl.minimum(tl.maximum(y, 0) + 1, h - 1).to(tl.int64) * stride_h
     k_lanes = tl.arange(0, BLOCK_K)
 
     least = tl.full([CELLS], -float("inf"), DTYPE)
@@ -167,12 +167,12 @@ def _labels_kernel(
     column = left + tile * BLOCK_X + tl.arange(0, BLOCK_X)
     cell_x = cell_of(column, w, W)
     x0 = tl.minimum(tl.maximum(cell_x, 0), w - 1).to(tl.int64) * stride_w
-    x1 = tl.minimum(cell_x + 1, w - 1).to(tl.int64) * stride_w
+    x1 = tl.minimum(tl.maximum(cell_x, 0) + 1, w - 1).to(tl.int64) * stride_w
     wx = weight_of(column, cell_x, w, W, DTYPE)
     wy = weight_of(row, y, h, H, DTYPE)
     patches = logits_ptr + image * stride_b
     upper = patches + tl.maximum(y, 0).to(tl.int64) * stride_h
-    lower = patches + tl.minimum(y + 1, h - 1).to(tl.int64) * stride_h
+    lower = patches + tl.minimum(tl.maximum(y, 0) + 1, h - 1).to(tl.int64) * stride_h
     in_row = column < right
 
     best = tl.full([BLOCK_Y, BLOCK_X], -float("inf"), DTYPE)
