@@ -408,9 +408,10 @@ def _information() -> dict[str, Any]:
 
     def triton() -> str:
         try:
-            return f"runs as {resolve_backend('triton', 'cuda')}"
+            resolve_backend("triton", "cuda")
         except BackendError as error:
             return str(error)
+        return "backend 'triton' can be imported and runs on CUDA GPUs"
 
     kernel = f"compiled, {compiled['simd_level']}" if compiled else "not compiled"
     return {

@@ -151,7 +151,10 @@ def test_expected_failures_are_one_line_and_debug_shows_the_traceback(weights):
     for words, message in (
         (["-w", "no/such/thing/", "a.png"], "error: no weights 'no/such/thing/'"),
         (["-w", weights, "missing.png"], "error: no such file or folder: missing.png"),
-        (["-w", weights, "a.png", "--backend", "triton"], "error: backend 'triton' has no kernels"),
+        (
+            ["-w", weights, "a.png", "--backend", "triton"],
+            "error: backend 'triton' runs on a GPU; the input is on 'cpu'",
+        ),
         (["-w", weights, "a.png", "--device", "cuda:97"], "error: no device 'cuda:97'"),
     ):
         text = run("predict", *words, "-o", "out", status=1)
