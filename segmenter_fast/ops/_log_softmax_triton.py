@@ -72,13 +72,17 @@ def _normalise_kernel(
     for k0 in range(0, K, BLOCK_K):
         k = k0 + lanes
         mask = inside[:, None] & (k < K)
-        x = load_as(logits_ptr + at[:, None] + k.to(tl.int64) * stride_k, mask, -float("inf"), DTYPE)
+        x = load_as(
+            logits_ptr + at[:, None] + k.to(tl.int64) * stride_k, mask, -float("inf"), DTYPE
+        )
         largest = tl.maximum(largest, tl.max(x * log2_e, 1))
     total = tl.zeros([BLOCK_P], DTYPE)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + lanes
         mask = inside[:, None] & (k < K)
-        x = load_as(logits_ptr + at[:, None] + k.to(tl.int64) * stride_k, mask, -float("inf"), DTYPE)
+        x = load_as(
+            logits_ptr + at[:, None] + k.to(tl.int64) * stride_k, mask, -float("inf"), DTYPE
+        )
         power = tl.exp2(x * log2_e - largest[:, None])
         total += tl.sum(tl.where(mask, power, 0.0), 1)
     shift = largest + tl.log2(total)
@@ -86,7 +90,8 @@ def _normalise_kernel(
     for k0 in range(0, K, BLOCK_K):
         k = k0 + lanes
         mask = inside[:, None] & (k < K)
-        x = load_as(logits_ptr + at[:, None] + k.to(tl.int64) * stride_k, mask, 0.0, DTYPE)
+        x_ptr = logits_ptr + at[:, None] + k.to(tl.int64) * stride_k
+        x = load_as(x_ptr, mask, 0.0, DTYPE)
         u = x * log2_e - shift[:, None]
         tl.store(u_ptr + patch[:, None] * K + k, u, mask=mask)
         number = tl.where(u == u, u, -float("inf"))
@@ -206,7 +211,7 @@ _LOG_SUM_EXP = Kernel(
 
 # --------------------------------------------------------------------------- launches
 def log2_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """u = log2 softmax over the classes of patch logits.
+    """Patch logits less their log-sum-exp, in base 2: u_k = log2 softmax_k l.
 
     Args:
         logits: (B, K, h, w) floating point, any strides.
