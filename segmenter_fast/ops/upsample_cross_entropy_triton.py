@@ -297,7 +297,7 @@ def _corners_kernel(
                 s_yx += v_x * fy
         else:
             for chunk in range(chunks):
-                for n in tl.static_range(PIXELS):
+                for n in range(PIXELS):
                     at = start + chunk * PIXELS + n
                     mask = at < stop
                     label = tl.load(target_ptr + at_row + at, mask=mask, other=0).to(tl.int64)
@@ -328,7 +328,7 @@ def _corners_kernel(
             v = tl.zeros([CELLS, BLOCK_K], DTYPE)
             v_x = tl.zeros([CELLS, BLOCK_K], DTYPE)
             for chunk in range(chunks):
-                for n in tl.static_range(PIXELS):
+                for n in range(PIXELS):
                     at = start + chunk * PIXELS + n
                     mask = at < stop
                     label = tl.load(target_ptr + at_row + at, mask=mask, other=0).to(tl.int64)
