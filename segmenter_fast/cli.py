@@ -470,8 +470,8 @@ def info(
         build.add_row("missing", escape(facts["compiled_problem"]))
     else:
         for name, value in facts["compiled"].items():
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            build.add_row(name.replace("_", " "), shown)
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            build.add_row(name.replace("_", " "), str(shown or "none"))
     console.print(build)
 
     devices = table("devices", "device", "name", "what", "backend 'auto'")

@@ -43,6 +43,7 @@ inline const std::map<std::string, IntegerType> kIntegerTypes = {{"uint8", Integ
                                                                  {"int64", IntegerType::int64}};
 
 void bind_confusion(py::module_& m);
+void bind_cuda(py::module_& m);
 void bind_exponential(py::module_& m);
 void bind_upsampling(py::module_& m);
 void bind_upsample_argmax(py::module_& m);

@@ -1,8 +1,21 @@
+#include <sstream>
+#include <string>
+#include <vector>
+
 #include "bindings.h"
 
 using namespace segmenter;
 
 namespace {
+
+#if defined(SEGMENTER_CUDA)
+std::vector<std::string> words(const std::string& text) {
+  std::istringstream stream(text);
+  std::vector<std::string> found;
+  for (std::string word; stream >> word;) found.push_back(word);
+  return found;
+}
+#endif
 
 py::dict build_info() {
   py::dict info;
@@ -12,7 +25,13 @@ py::dict build_info() {
   info["build_type"] = SEGMENTER_BUILD_TYPE;
   info["cxx_standard"] = static_cast<int>(__cplusplus / 100 % 100);
   info["simd_levels"] = compiled_simd_levels();
-  info["cuda"] = false;
+#if defined(SEGMENTER_CUDA)
+  info["cuda"] = SEGMENTER_CUDA;
+  info["cuda_architectures"] = words(SEGMENTER_CUDA_ARCHS);
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = py::list();
+#endif
   info["sanitizers"] = SEGMENTER_SANITIZE;
   return info;
 }
@@ -27,8 +46,9 @@ PYBIND11_MODULE(_C, m) {
 
 Returns:
     dict: version, compiler, compiler_version, build_type (str), cxx_standard (int),
-    simd_levels (list of str, lowest first), cuda (bool), sanitizers (str, empty in a build for
-    use).)");
+    simd_levels (list of str, lowest first), cuda (str, the version of nvcc, or None if CUDA C++ was
+    left out), cuda_architectures (list of str, such as "90a"), sanitizers (str, empty in a build
+    for use).)");
 
   m.def(
       "simd_level", [] { return simd_level_name(simd_level()); },
@@ -41,6 +61,10 @@ Raises:
     ValueError: SEGMENTER_FAST_SIMD names an unknown level.
     RuntimeError: it names a level that this build or this CPU lacks.)");
 
+#if defined(SEGMENTER_CUDA)
+  py::module_ cuda = m.def_submodule("cuda", "Kernels in CUDA C++.");
+  bind_cuda(cuda);
+#endif
   bind_confusion(m);
   bind_exponential(m);
   bind_upsampling(m);
