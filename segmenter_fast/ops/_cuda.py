@@ -18,8 +18,8 @@ def cuda_module() -> ModuleType:
     if module is None:
         raise BackendError(
             "the compiled module segmenter_fast._C was built without CUDA C++. Build it where "
-            "there is a CUDA toolkit: SEGMENTER_FAST_CUDA=1 pip install -e . (nvcc is looked for in "
-            "CUDACXX, on PATH and in CUDA_HOME)"
+            "there is a CUDA toolkit: SEGMENTER_FAST_CUDA=1 pip install -e . (nvcc is looked for "
+            "in CUDACXX, on PATH and in CUDA_HOME)"
         )
     return module
 
