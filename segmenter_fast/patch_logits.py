@@ -86,10 +86,10 @@ class PatchLogits:
             backend=self._backend,
         )
 
-    def confusion(self, target: Tensor, ignore_index: int = 255) -> Tensor:
+    def confusion(self, target: Tensor, ignore_index: int = 255, check: bool = False) -> Tensor:
         """(K, K) int64 counts, rows = target classes; see `upsample_confusion`."""
         return upsample_confusion(
-            self._grid, target, self._size, self._crop, ignore_index, backend=self._backend
+            self._grid, target, self._size, self._crop, ignore_index, check, self._backend
         )
 
     def logits(self) -> Tensor:

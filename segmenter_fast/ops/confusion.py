@@ -74,6 +74,7 @@ def confusion_matrix(
     target: Tensor,
     num_classes: int,
     ignore_index: int = 255,
+    check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Count pixels by (target, label).
@@ -84,13 +85,17 @@ def confusion_matrix(
         target: (...,) uint8|int16|int32|int64 truth in [0, num_classes) or `ignore_index`.
         num_classes: K.
         ignore_index: pixels of this target are left out, be it a class or not.
+        check: look at the values with Triton as well, which makes the host wait for the GPU: not
+            for a graph that is captured. "native" and "reference" always do. Without it pixels out
+            of range are not counted.
         backend: see `segmenter_fast.backend`.
 
     Returns:
         (K, K) int64 on the inputs' device; rows are the truth.
 
     Raises:
-        ValueError: shapes or devices differ, a value is out of range, num_classes below 1.
+        ValueError: shapes or devices differ, num_classes below 1; where values are looked at, one
+            is out of range.
         TypeError: not one of the integer types.
         BackendError: the backend named cannot run here.
     """
@@ -107,8 +112,16 @@ def confusion_matrix(
         )
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if resolve_backend(backend, labels.device) == "reference":
+    backend = resolve_backend(backend, labels.device)
+    if backend == "reference":
         return confusion_matrix_reference(labels, target, num_classes, ignore_index)
+    if backend == "triton":
+        if check:
+            check_labels(target, num_classes, ignore_index)
+            _check_predictions(labels[target != ignore_index], num_classes)
+        return torch.ops.segmenter_fast.confusion_matrix_triton(
+            labels, target, num_classes, ignore_index
+        )
     return torch.ops.segmenter_fast.confusion_matrix(labels, target, num_classes, ignore_index)
 
 
@@ -118,6 +131,7 @@ def upsample_confusion(
     size: tuple[int, int] | None = None,
     crop: tuple[int, int, int, int] | None = None,
     ignore_index: int = 255,
+    check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Confusion counts C[t, argmax_k z_k] of the bilinearly upsampled logits.
@@ -129,6 +143,7 @@ def upsample_confusion(
         crop: (top, left, height, width) in pixels, the part of `size` that the target covers; None
             is all of it.
         ignore_index: label of the pixels that are not counted.
+        check: as for `confusion_matrix`, of the target.
         backend: see `segmenter_fast.backend`.
 
     Returns:
@@ -136,10 +151,11 @@ def upsample_confusion(
         ignored is counted once.
 
     Raises:
-        ValueError: shapes that do not fit together, a label outside [0, K) but not ignore_index.
+        ValueError: shapes that do not fit together; where labels are looked at, one outside [0, K)
+            that is not ignore_index.
         TypeError: logits not floating point, target not an integer type.
         BackendError: the backend named cannot run here.
     """
     size, crop = check_target(target, logits, size, crop)
     labels = upsample_argmax(logits, size, crop, backend=backend)
-    return confusion_matrix(labels, target, logits.shape[1], ignore_index, backend=backend)
+    return confusion_matrix(labels, target, logits.shape[1], ignore_index, check, backend)
