@@ -40,6 +40,8 @@ class DecoderLinear(nn.Module):
 class MaskTransformer(nn.Module):
     """K learned class embeddings join the patch tokens; masks are their scalar products.
 
+    `backend` is set by the model.
+
     Source: Strudel et al. 2021, section 3.2 (Mask Transformer); official segm/model/decoder.py.
     """
 
@@ -63,6 +65,7 @@ class MaskTransformer(nn.Module):
         self.d_model = d_model
         self.d_ff = d_ff
         self.scale = d_model**-0.5
+        self.backend = "auto"
 
         self.blocks = make_blocks(n_layers, d_model, n_heads, d_ff, dropout, drop_path_rate)
         self.cls_emb = nn.Parameter(torch.randn(1, n_cls, d_model))
@@ -92,7 +95,7 @@ class MaskTransformer(nn.Module):
         patches = x[:, : -self.n_cls] @ self.proj_patch
         classes = x[:, -self.n_cls :] @ self.proj_classes
         norm = self.mask_norm
-        masks = mask_product(patches, classes, norm.weight, norm.bias, norm.eps)
+        masks = mask_product(patches, classes, norm.weight, norm.bias, norm.eps, self.backend)
         return to_grid(masks, im_size, self.patch_size)
 
     def get_attention_map(self, x: Tensor, layer_id: int) -> Tensor:
