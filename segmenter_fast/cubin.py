@@ -3,13 +3,16 @@
 Needs `cuobjdump` and `nvdisasm`, which Triton's wheel carries, but neither a GPU nor a driver.
 """
 
+import os
 import re
+import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from segmenter_fast.backend import BackendError
+from segmenter_fast.backend import BackendError, native_module
 from segmenter_fast.ops._triton import find_tool
 
 
@@ -33,6 +36,9 @@ LIMITS = {
 }
 """By compute capability. Source: CUDA C++ Programming Guide, "Compute Capabilities", table
 "Technical Specifications per Compute Capability"."""
+
+SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+NVCC_OPTIONS = ("-std=c++17", "--fmad=false")  # as in CMakeLists.txt
 
 WARP = 32
 # How they are handed out since sm_80, as in NVIDIA's occupancy calculator: registers to a warp, in
@@ -171,3 +177,63 @@ def _output(tool: str, *arguments: str | Path, cwd: Path | None = None) -> str:
         problem = (done.stderr or done.stdout).strip()
         raise BackendError(f"{program} cannot read {arguments[-1]}: {problem}")
     return done.stdout
+
+
+# --------------------------------------------------------------------------- CUDA C++
+def cuda_cubins(archs: Sequence[int], folder: Path) -> dict[int, list[Path]]:
+    """Cubins of the kernels in CUDA C++, by compute capability; they are written to `folder`.
+
+    They come out of the compiled module, or out of the nvcc at hand if the module has none.
+
+    Raises:
+        BackendError: there is neither, or nvcc fails.
+    """
+    module = _cuda_module()
+    return _compile(archs, folder) if module is None else extract(module, folder)
+
+
+def _cuda_module() -> Path | None:
+    """The compiled module, if it has CUDA C++."""
+    try:
+        module = native_module()
+    except BackendError:
+        return None
+    return Path(module.__file__) if module.build_info()["cuda"] else None
+
+
+def _compile(archs: Sequence[int], folder: Path) -> dict[int, list[Path]]:
+    home = os.environ.get("CUDA_HOME")
+    candidates = (os.environ.get("CUDACXX"), "nvcc", home and os.path.join(home, "bin", "nvcc"))
+    nvcc = next(filter(None, (shutil.which(name) for name in candidates if name)), None)
+    sources = sorted(SOURCES.glob("*.cu"))
+    if nvcc is None or not sources:
+        raise BackendError(
+            "CUDA C++ is not in this report: the compiled module segmenter_fast._C was built "
+            "without it, and " + ("no nvcc was found" if sources else "its sources are not here")
+        )
+    targets = {arch: "90a" if arch == 90 else str(arch) for arch in archs}
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in targets.values()]
+    cubins: dict[int, list[Path]] = {}
+    for source in sources:
+        fatbin = folder / source.with_suffix(".fatbin").name
+        options = [*NVCC_OPTIONS, f"--threads={os.cpu_count()}", *codes]
+        command = [nvcc, *options, "-fatbin", "-o", str(fatbin), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise BackendError(f"{nvcc} cannot compile {source}:\n{done.stderr.strip()}")
+        extracted = folder / source.stem
+        extracted.mkdir()
+        for arch, paths in extract(fatbin, extracted).items():
+            cubins.setdefault(arch, []).extend(paths)
+    return cubins
+
+
+def demangle(mangled: str) -> tuple[str, str]:
+    """(source file, kernel) of a mangled name, such as ("confusion.cu", "count<true>")."""
+    file = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_[0-9a-f]+", mangled)
+    program = shutil.which("c++filt")
+    name = mangled
+    if program:
+        name = subprocess.run([program, mangled], capture_output=True, text=True).stdout.strip()
+        name = re.sub(r"^void |\(anonymous namespace\)::|[\w]+::|\(.*\)$", "", name)
+    return f"{file[1]}.cu" if file else "CUDA C++", name

@@ -20,7 +20,9 @@ computed rather than loaded. `check_ptxas` refuses such a compiler for such kern
 """
 
 import functools
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -343,6 +345,19 @@ class Operation:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def operations() -> tuple[Operation, ...]:
+    """Everything declared as `OPERATION` or in `OPERATIONS` by the modules ops/*_triton.py."""
+    from segmenter_fast import ops
+
+    found: list[Operation] = []
+    for name in sorted(info.name for info in pkgutil.iter_modules(ops.__path__)):
+        if name.endswith("_triton"):
+            module = importlib.import_module(f"{ops.__name__}.{name}")
+            found += getattr(module, "OPERATIONS", ())
+            found += [module.OPERATION] if hasattr(module, "OPERATION") else []
+    return tuple(found)
+
+
 # --------------------------------------------------------------------------- the compiler
 @functools.cache
 def ptxas_version(program: str) -> tuple[int, int]:
@@ -371,7 +386,7 @@ def find_tool(name: str) -> str:
     return found
 
 
-def _ptxas_of_triton(arch: int) -> str:
+def ptxas_of_triton(arch: int) -> str:
     """The ptxas that Triton will run for this architecture."""
     from triton.backends.nvidia import compiler
 
@@ -398,7 +413,7 @@ def check_ptxas(arch: int) -> None:
     """
     if arch != 90:
         return
-    chosen = _ptxas_of_triton(arch)
+    chosen = ptxas_of_triton(arch)
     if ptxas_version(chosen) >= MINIMUM_PTXAS_FOR_HOPPER:
         return
     if "TRITON_PTXAS_PATH" not in os.environ:
