@@ -1512,15 +1512,14 @@ class Dtype(enum.StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
-    float64 = "float64"
 
 
-def _without_interpreter() -> int:
-    """Run this command again where Triton compiles, which it decides on import; exit status."""
+def _without_interpreter(words: Sequence[str]) -> int:
+    """Run this program where Triton compiles, which it decides on import; returns the status."""
     environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = (str(PACKAGE.parent), environ.get("PYTHONPATH"))
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    command = [sys.executable, "-P", "-m", "segmenter_fast", *sys.argv[1:]]
+    command = [sys.executable, "-P", "-m", "segmenter_fast", *words]
     return subprocess.run(command, env=environ).returncode
 
 
@@ -1571,7 +1570,12 @@ def kernels(
     compiled before comes from its cache.
     """  # noqa: D301
     if os.environ.get("TRITON_INTERPRET"):
-        raise typer.Exit(_without_interpreter())
+        words = [f"--arch={text}" for text in archs or ()]
+        words += [f"--dtype={dtype.value}" for dtype in dtypes or ()]
+        words += [] if output is None else [f"--output={output}"]
+        words += [] if jobs is None else [f"--jobs={jobs}"]
+        words += ["--cuda" if cuda else "--no-cuda", *(["--debug"] if debug else [])]
+        raise typer.Exit(_without_interpreter(["kernels", *words, "--", *(names or ())]))
     import torch
     from rich.console import Console
     from tqdm import tqdm

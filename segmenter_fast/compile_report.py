@@ -311,6 +311,10 @@ HEADINGS = (
 )
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _names(names: Sequence[str]) -> str:
     return "has " + ", ".join(names) if names else "has none at all"
 
@@ -335,10 +339,9 @@ def make_rows(jobs: Sequence[Job], usages: Sequence[Usage | str]) -> list[Row]:
             usage,
             job.matrix,
         )
-        dtype = str(job.dtype).removeprefix("torch.")
         dtypes = merged.setdefault(key, [])
-        if dtype not in dtypes:
-            dtypes.append(dtype)
+        if _name(job.dtype) not in dtypes:
+            dtypes.append(_name(job.dtype))
     rows = [
         Row(operation, kernel, arch, tuple(dtypes), configuration, usage, matrix)
         for (operation, kernel, arch, configuration, usage, matrix), dtypes in merged.items()
@@ -395,8 +398,7 @@ def find_floors(
             passes = [(name, operation.work), (f"{name} (backward)", operation.backward_work)]
             for title, work in passes:
                 if work is not None:
-                    text = str(dtype).removeprefix("torch.")
-                    floors.append(Floor(title, text, *work(inputs), operation.matrix))
+                    floors.append(Floor(title, _name(dtype), *work(inputs), operation.matrix))
     return floors
 
 
@@ -531,6 +533,11 @@ def make_report(
             + ", ".join(o.name.removesuffix("_triton") for o in known)
         )
     jobs = find_jobs(chosen, archs, dtypes)
+    if not jobs:
+        raise ValueError(
+            f"{', '.join(o.name.removesuffix('_triton') for o in chosen)}: not declared for "
+            + " or ".join(map(_name, dtypes or ()))
+        )
     if 90 in archs and any(job.register_operands for job in jobs):
         _triton.check_ptxas(90)
     distinct = {repr(job.specialisation): job.specialisation for job in jobs}
