@@ -148,6 +148,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         label_smoothing: float = 0.0,
         ignore_index: int = 255,
         reduction: str = "mean",
+        check: bool = False,
     ) -> Tensor:
         """Cross-entropy of the upsampled logits, as `F.cross_entropy`.
 
@@ -158,6 +159,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
             label_smoothing: in [0, 1].
             ignore_index: label without a class.
             reduction: "mean", "sum" or "none".
+            check: also look at the labels on a GPU, which makes the host wait for it.
 
         Returns:
             Scalar, or (B, H, W) for "none". NaN for "mean" when every pixel is ignored.
@@ -168,6 +170,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
+            check=check,
         )
 
     def get_attention_map_enc(self, im: Tensor, layer_id: int) -> Tensor:

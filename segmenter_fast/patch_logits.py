@@ -70,6 +70,7 @@ class PatchLogits:
         label_smoothing: float = 0.0,
         ignore_index: int = 255,
         reduction: str = "mean",
+        check: bool = False,
     ) -> Tensor:
         """Loss against a (B, height, width) label map; see `upsample_cross_entropy`."""
         return upsample_cross_entropy(
@@ -81,6 +82,7 @@ class PatchLogits:
             label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
+            check=check,
             backend=self._backend,
         )
 

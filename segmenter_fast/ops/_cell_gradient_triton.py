@@ -43,29 +43,23 @@ def _gather_kernel(
     i = pid // w % h
     image = (pid // w // h).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    total = tl.zeros([BLOCK_K], DTYPE)
     # Patch i is the upper corner of cell i, the lower one of cell i - 1, both of the last cell, the
     # upper one of cell -1 if it is the first and, with weight 0, the lower one if it is the second.
-    for dy in tl.static_range(3):
-        y = i - 2 + dy
-        for low in tl.static_range(2):
-            corner_i = tl.minimum(tl.maximum(y, 0) + low, h - 1)
-            at_y = tl.where((corner_i == i) & (y >= first_y) & (y < first_y + cells_y), 1, 0)
-            for dx in tl.static_range(3):
-                x = j - 2 + dx
-                for right in tl.static_range(2):
-                    corner_j = tl.minimum(tl.maximum(x, 0) + right, w - 1)
-                    at_x = tl.where(
-                        (corner_j == j) & (x >= first_x) & (x < first_x + cells_x), 1, 0
-                    )
-                    cell = (image * cells_y + y - first_y) * cells_x + x - first_x
-                    part = corners_ptr + (cell * 4 + 2 * low + right) * K + k
-                    total += load_as(part, (k < tl.where(at_y * at_x != 0, K, 0)), 0.0, DTYPE)
+    # Of four rows of two corners by four columns of two, those are kept whose corner it is.
+    n = tl.arange(0, 64)
+    y, low = i - 2 + n // 16, n // 8 % 2
+    x, right = j - 2 + n // 2 % 4, n % 2
+    at_y = (tl.minimum(tl.maximum(y, 0) + low, h - 1) == i) & (y >= first_y)
+    at_x = (tl.minimum(tl.maximum(x, 0) + right, w - 1) == j) & (x >= first_x)
+    ours = at_y & at_x & (y < first_y + cells_y) & (x < first_x + cells_x)
+    cell = (image * cells_y + y - first_y) * cells_x + x - first_x
+    part = corners_ptr + ((cell * 4 + 2 * low + right) * K)[:, None] + k[None, :]
+    total = tl.sum(load_as(part, ours[:, None] & (k < K)[None, :], 0.0, DTYPE), 0)
     out = gradient_ptr + image * stride_b + i.to(tl.int64) * stride_h + j.to(tl.int64) * stride_w
     store_as(out + k.to(tl.int64) * stride_k, total, k < K)
 
 
-_GATHER = Kernel(_gather_kernel, {"default": (Config({"BLOCK_K": 128}, num_warps=2),)})
+_GATHER = Kernel(_gather_kernel, {"default": (Config({"BLOCK_K": 32}),)})
 
 
 def gather_corners(corners: Tensor, rows: Axis, columns: Axis, gradient: Tensor) -> None:

@@ -34,6 +34,7 @@ from segmenter_fast.ops._triton import (
     triton,
 )
 from segmenter_fast.ops._upsampling_triton import (
+    between,
     cell_of,
     first_pixel,
     make_axis,
@@ -186,17 +187,15 @@ def _log_sum_exp_kernel(
             b = load_as(b_ptr + k, inside, 0.0, DTYPE)
             c = load_as(c_ptr + k, inside, 0.0, DTYPE)
             d = load_as(d_ptr + k, inside, 0.0, DTYPE)
-            above = (a * (1.0 - wx) + b * wx)[None, None, :]
-            below = (c * (1.0 - wx) + d * wx)[None, None, :]
-            largest = tl.maximum(largest, above * (1.0 - wy) + below * wy)
+            above, below = between(a, b, wx)[None, None, :], between(c, d, wx)[None, None, :]
+            largest = tl.maximum(largest, between(above, below, wy))
         for k in range(K):
             a = load_as(a_ptr + k, inside, 0.0, DTYPE)
             b = load_as(b_ptr + k, inside, 0.0, DTYPE)
             c = load_as(c_ptr + k, inside, 0.0, DTYPE)
             d = load_as(d_ptr + k, inside, 0.0, DTYPE)
-            above = (a * (1.0 - wx) + b * wx)[None, None, :]
-            below = (c * (1.0 - wx) + d * wx)[None, None, :]
-            total += tl.exp2(above * (1.0 - wy) + below * wy - largest)
+            above, below = between(a, b, wx)[None, None, :], between(c, d, wx)[None, None, :]
+            total += tl.exp2(between(above, below, wy) - largest)
         lse = largest + tl.log2(total)
     width = right - left
     out = (image * (bottom - top) + row - top) * width + (column - left)[None, None, :]

@@ -43,6 +43,16 @@ def weight_of(pixel, cell, n_in, n_out, DTYPE: tl.constexpr):
     return distance.to(DTYPE) / (2 * n_out)
 
 
+@triton.jit
+def between(a, b, weight):
+    """Interpolate, a (1 - weight) + b weight, as PyTorch does: 0 times infinity is NaN.
+
+    The multiply-add is spelled out, so that what the compiler fuses is the same in every kernel:
+    two that read one pixel agree on it to the bit.
+    """
+    return tl.fma(b, weight, a * (1.0 - weight))
+
+
 def host_cell_of(pixel: int, n_in: int, n_out: int) -> int:
     """`cell_of` on the host."""
     return ((2 * pixel + 1) * n_in - n_out) // (2 * n_out)

@@ -34,6 +34,7 @@ from segmenter_fast.ops._triton import (
     triton,
 )
 from segmenter_fast.ops._upsampling_triton import (
+    between,
     cell_of,
     check_floating,
     first_pixel,
@@ -184,9 +185,8 @@ def _labels_kernel(
             b = load_as(upper + x1, in_row, 0.0, DTYPE)
             c = load_as(lower + x0, in_row, 0.0, DTYPE)
             d = load_as(lower + x1, in_row, 0.0, DTYPE)
-            above = a * (1.0 - wx) + b * wx
-            below = c * (1.0 - wx) + d * wx
-            value = above[None, :] * (1.0 - wy)[:, None] + below[None, :] * wy[:, None]
+            above, below = between(a, b, wx)[None, :], between(c, d, wx)[None, :]
+            value = between(above, below, wy[:, None])
             better = (value > best) | ((value != value) & (best == best))
             best = tl.where(better, value, best)
             label = tl.where(better, k, label)

@@ -16,8 +16,9 @@ its own, which computes lse once more rather than keep it.
 
 NaN and infinite logits give what PyTorch gives: a pixel that reads a NaN or +inf has loss NaN and
 passes NaN to the gradients of all classes in its four patches, even if it is ignored; -inf is a
-class of probability 0. The kernel goes through the cells of the patch grid that have such a corner
-pixel by pixel, and so it does where neighbours are sure of different classes by some 110 nats.
+class of probability 0. The native kernel goes through the cells of the patch grid that have such a
+corner pixel by pixel, and so it does where neighbours are sure of different classes by some 110
+nats.
 """
 
 from collections.abc import Sequence
@@ -213,11 +214,10 @@ def upsample_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = 255,
     reduction: str = "mean",
+    check: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the bilinearly upsampled logits, exactly as `F.cross_entropy` defines it.
-
-    Labels are range-checked on the CPU; elsewhere by PyTorch itself.
 
     Args:
         logits, crop, backend: as for `upsample_logits`; the target covers `crop`. The native kernel
@@ -228,6 +228,9 @@ def upsample_cross_entropy(
         label_smoothing: in [0, 1], the share of the target spread over all classes.
         ignore_index: label of the pixels that count for nothing; may be a class.
         reduction: "mean" (weighted, over the pixels not ignored), "sum" or "none".
+        check: also look at the labels on a GPU, which makes the host wait for it: not for a graph
+            that is captured. On the CPU they are always looked at. Without it Triton gives pixels
+            of a wrong label, and the gradients they reach, NaN; "reference" fails as PyTorch does.
 
     Returns:
         Scalar, or (B, height, width) for "none", where ignored pixels are 0; float32, or float64
@@ -236,8 +239,8 @@ def upsample_cross_entropy(
 
     Raises:
         ValueError: shapes that do not fit together, unknown reduction, label_smoothing outside
-            [0, 1], a weight that requires a gradient, a label outside [0, K) that is not
-            ignore_index.
+            [0, 1], a weight that requires a gradient; where labels are looked at, one outside
+            [0, K) that is not ignore_index.
         TypeError: logits or weight not floating point, target not an integer type.
         BackendError: the backend named cannot run here.
 
@@ -249,11 +252,20 @@ def upsample_cross_entropy(
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    logits = upcast(logits)
     if weight is not None:
         _check_weight(weight, logits)
+    if check and backend != "native":
+        check_labels(target, logits.shape[1], ignore_index)
+    options = (size, crop, float(label_smoothing), ignore_index, reduction)
+    if backend == "triton":
+        loss, _, _ = torch.ops.segmenter_fast.upsample_cross_entropy_triton(
+            logits, target, weight, *options
+        )
+        return loss
+    logits = upcast(logits)
+    if weight is not None:
         weight = weight.to(logits.dtype)
-    options = (weight, size, crop, float(label_smoothing), ignore_index, reduction)
+    options = (weight, *options)
     if backend == "reference":
         # Reading the labels on the host would break a compiled graph and stall a GPU.
         if target.device.type == "cpu" and not torch.compiler.is_compiling():
