@@ -1528,7 +1528,7 @@ def _without_interpreter(words: Sequence[str]) -> int:
 def kernels(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Parts of operations' names. All unless given."),
+        typer.Argument(metavar="NAME", help="Parts of operations' names. All unless given."),
     ] = None,
     archs: Annotated[
         list[str] | None,

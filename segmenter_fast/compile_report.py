@@ -433,7 +433,7 @@ Every Triton kernel in every configuration, compiled ahead of time for the shape
 declares. Nothing here was measured: it was read from the binaries. *Registers* are a thread's;
 *spilled* are the bytes of its instructions that move registers to memory and back; *shared* are
 bytes of shared memory of a block. *Tensor cores* counts instructions that multiply matrices, *TMA*
-those of the tensor memory accelerator, of all *instructions* of the kernel. *Occupancy* is the
+those that the tensor memory accelerator copies by, *instructions* all of them. *Occupancy* is the
 share of a multiprocessor's warps that registers, shared memory and threads let be in flight. In
 CUDA C++ shared memory that is asked for at launch is not in the figures. Dtypes with the same
 figures share a row."""
@@ -482,8 +482,8 @@ class Report:
         """What else there is to know, a paragraph each."""
         return [
             f"Compiled with {self.versions}.",
-            f"{self.verified} of {self.configurations} configurations, counted for each GPU, "
-            "have run on such a GPU with the right result.",
+            f"{self.verified} of {self.configurations} configurations (each counted once for every "
+            "kind of GPU) are marked as verified: run on such a GPU with the right result.",
             *self.notes,
         ]
 
