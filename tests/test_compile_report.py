@@ -24,6 +24,7 @@ from segmenter_fast.compile_report import (
     Pointer,
     Row,
     Specialisation,
+    _launches,
     compile_all,
     find_jobs,
     make_report,
@@ -199,13 +200,17 @@ def test_every_launch_of_an_operation_is_a_job(operation):
     assert {job.dtype for job in jobs} == {dtype}
     assert {job.specialisation.arch for job in jobs} == {80, 90}
     assert {job.backward for job in jobs} == ({False, True} if operation.backward_work else {False})
-    # Every configuration of every kernel.
+    # Every configuration of every kernel, and the backward pass from where forward ends.
+    inputs = operation.make_inputs(dtype, **operation.case)
     with _triton.Recorder(90) as recorder:
-        operation.run(**operation.make_inputs(dtype, **operation.case))
+        operation.run(**inputs)
     kernels = [launch.kernel for launch in recorder.launches]
     expected = {repr(config) for kernel in kernels for config in kernel.candidates(90)}
     forward = [job for job in jobs if not job.backward and job.specialisation.arch == 90]
     assert {repr(job.config) for job in forward} == expected
+    flags = [backward for backward, _ in _launches(operation, inputs, 90)]
+    assert not any(flags[: len(kernels)])
+    assert operation.backward_work is None or flags[len(kernels)]
 
 
 def test_operations_are_found():
@@ -343,6 +348,7 @@ def test_occupancy():
         (86, 40, 64, 0, 16 * 2 / 48),  # 16 blocks
         (89, 40, 64, 0, 1.0),
         (90, 168, 384, 100 << 10, 12 / 64),
+        (90, 92, 224, 0, 2 * 7 / 64),  # 21 warps' registers, but only 5 in each of four parts
         (90, 32, 32, 0, 0.5),  # 32 blocks
         (90, 32, 100, 0, 1.0),  # 100 threads are four warps
         (100, 128, 1024, 0, 0.0),
