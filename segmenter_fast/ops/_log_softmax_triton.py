@@ -16,6 +16,10 @@ Of 16 rows four take a power of their own, the others one multiplication by g^q,
 needs 2^u to be a number that float32 can hold: SAFE says how small u may be. Where a patch has a
 smaller one, or a NaN or an infinity, the program takes its time: largest u first, then the sum.
 The choice is made in the kernel, from the smallest u of the patches in reach.
+
+What is lost: between patches that differ by S bits u and L are as large as S, and both are rounded
+to their size, so that 2^(u - L) has a relative error of some S eps. PyTorch's logits have that too,
+but its probabilities still add up to 1.
 """
 
 from collections.abc import Sequence

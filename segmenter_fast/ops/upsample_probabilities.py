@@ -192,6 +192,18 @@ _upsample_top1_op.register_autograd(_top1_backward, setup_context=_save_logits)
 _upsample_top1_op.register_autocast("cpu", torch.float32)
 
 
+def _top1_triton(logits: Tensor, size: tuple[int, int], crop: tuple[int, int, int, int]) -> Tensor:
+    # exp(-cross-entropy) with the pixel's own label t, and so is its gradient, -p_t times that of
+    # the cross-entropy. Where classes tie, the first one takes it whole.
+    ops = torch.ops.segmenter_fast
+    labels = ops.upsample_argmax_triton(logits.detach(), size, crop)
+    losses, _, _ = ops.upsample_cross_entropy_triton(
+        logits, labels, None, size, crop, 0.0, -1, "none"
+    )
+    # Rounding may leave a loss just below 0.
+    return losses.clamp(min=0).neg().exp()
+
+
 def upsample_probabilities(
     logits: Tensor,
     size: tuple[int, int],
@@ -203,13 +215,14 @@ def upsample_probabilities(
 
     Args:
         logits, size, crop, backend: as for `upsample_logits`.
-        top1: only the largest probability of each pixel; the native kernel and its gradient then
-            need memory for a few rows of logits, the reference for all of them.
+        top1: only the largest probability of each pixel; the kernels and their gradients then need
+            memory for a few rows of logits at most, the reference for all of them.
 
     Returns:
         (B, K, height, width), or (B, height, width) with `top1`; float32, or float64 for float64
-        logits; differentiable (the native top1 once). A pixel that reads a NaN or +inf is NaN, and
-        -inf has probability 0, as in `interpolate` and `softmax`.
+        logits; differentiable (the native top1 and Triton once; where classes tie, Triton's top1
+        gives the first one the whole gradient). A pixel that reads a NaN or +inf is NaN, and -inf
+        has probability 0, as in `interpolate` and `softmax`.
 
     Raises:
         ValueError: wrong rank, a size that is not positive, a crop outside it.
@@ -219,8 +232,13 @@ def upsample_probabilities(
     Source: official segm/model/utils.py (softmax after interpolation).
     """
     geometry = check_geometry(logits, size, crop)
-    if resolve_backend(backend, logits.device) == "reference":
+    backend = resolve_backend(backend, logits.device)
+    if backend == "reference":
         return upsample_probabilities_reference(logits, *geometry, top1)
+    if backend == "triton":
+        if top1:
+            return _top1_triton(logits, *geometry)
+        return torch.ops.segmenter_fast.upsample_probabilities_triton(logits, *geometry)[0]
     if top1:
         return torch.ops.segmenter_fast.upsample_top1(logits, *geometry)
     return torch.ops.segmenter_fast.upsample_probabilities(logits, *geometry)
