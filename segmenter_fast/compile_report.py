@@ -92,7 +92,7 @@ def find_jobs(
         archs: compute capabilities.
         dtypes: those of each operation unless given.
     """
-    jobs = {}
+    jobs: dict[str, Job] = {}
     for operation in operations:
         for dtype in operation.dtypes:
             if dtypes is not None and dtype not in dtypes:
@@ -131,9 +131,9 @@ def _run(operation: Operation, inputs: Mapping[str, Any], recorder: Recorder) ->
     }
     outputs = operation.run(**{**inputs, **leaves})
     forward = len(recorder.launches)
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    outputs = [output for output in outputs if output.requires_grad]
-    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    every = [outputs] if isinstance(outputs, Tensor) else outputs
+    roots = [output for output in every if output.requires_grad]
+    torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
     return forward
 
 

@@ -165,8 +165,8 @@ def extract(path: Path, folder: Path) -> dict[int, list[Path]]:
     _output("cuobjdump", "-xelf", "all", path, cwd=folder)
     found: dict[int, list[Path]] = {}
     for cubin in sorted(folder.glob("*.cubin")):
-        arch = re.search(r"\.sm_(\d+)[af]?\.cubin$", cubin.name)
-        found.setdefault(int(arch[1]), []).append(cubin)
+        if arch := re.search(r"\.sm_(\d+)[af]?\.cubin$", cubin.name):
+            found.setdefault(int(arch[1]), []).append(cubin)
     return found
 
 
