@@ -608,6 +608,10 @@ WORDS = {"kernel", "GPU", "dtype", "configuration", "source", "operation", "boun
 """Headings of columns that hold words; others hold numbers, which stand on the right."""
 
 
+WIDTH = 160
+"""Characters in a line of what is written to a file or a pipe."""
+
+
 def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -626,10 +630,12 @@ def show(report: Report, console: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
     for title, headings, rows, note in sections(report):
         table = Table(title=escape(title), title_justify="left", box=None)
         for name in headings:
-            table.add_column(name, justify="left" if name in WORDS else "right", overflow="fold")
+            table.add_column(name, justify="left" if name in WORDS else "right")
         for row in rows:
             table.add_row(*map(escape, row))
         console.print(table)
