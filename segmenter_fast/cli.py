@@ -7,11 +7,13 @@ is status 2; `--debug` shows the traceback. In the docstrings, which are the hel
 character keeps the lines of a paragraph as they are.
 """
 
+import contextlib
 import enum
 import functools
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -327,6 +329,7 @@ def _root(
     segmenter-fast predict photo.jpg -w street -o labels   label a picture
     segmenter-fast zoo                                     the official models
     segmenter-fast info                                    what runs here, and how
+    segmenter-fast kernels --arch sm_90                    what a GPU would run
 
     'segmenter-fast COMMAND --help' explains each of them.
     """  # noqa: D301
@@ -1498,6 +1501,113 @@ def download(
 
     folder = fetch(name, cache_dir, timeout=timeout, force=force)
     typer.echo(f"{name}: {folder}")
+
+
+# --- kernels -------------------------------------------------------------------------------------
+
+
+class Dtype(enum.StrEnum):
+    """What kernels are compiled for."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def _without_interpreter(words: Sequence[str]) -> int:
+    """Run this program where Triton compiles, which it decides on import; returns the status."""
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = (str(PACKAGE.parent), environ.get("PYTHONPATH"))
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-P", "-m", "segmenter_fast", *words]
+    return subprocess.run(command, env=environ).returncode
+
+
+@app.command()
+@_reported
+def kernels(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Parts of operations' names. All unless given."),
+    ] = None,
+    archs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--arch",
+            metavar="sm_NN",
+            help="GPU to compile for; may be repeated. 80, 86, 89, 90 and 100 unless given.",
+        ),
+    ] = None,
+    dtypes: Annotated[
+        list[Dtype] | None,
+        typer.Option("--dtype", help="May be repeated. All of the operation's unless given."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write it as Markdown, too."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Compilers at the same time; one per core."),
+    ] = None,
+    cuda: Annotated[bool, typer.Option(help="Look at the kernels in CUDA C++, too.")] = True,
+    debug: DebugOption = False,
+) -> None:
+    """Compile every Triton kernel ahead of time, and show what it uses. Needs no GPU.
+
+    \b
+    segmenter-fast kernels --arch sm_90                 what an H200 would run
+    segmenter-fast kernels cross_entropy --arch sm_80   one operation, on an A100
+    segmenter-fast kernels --output report.md           everything, as a page
+
+    For each configuration: registers, bytes of spilled registers, shared memory,
+    instructions of tensor cores and of the tensor memory accelerator, occupancy.
+    Beside them the time that the operation takes at least on an H200.
+
+    The exit status is 1 if a kernel spills, if it multiplies 16-bit matrices
+    without tensor cores (on sm_90 without HGMMA), if a block needs more shared
+    memory than there is, or if a kernel does not compile. What Triton has
+    compiled before comes from its cache.
+    """  # noqa: D301
+    if os.environ.get("TRITON_INTERPRET"):
+        words = [f"--arch={text}" for text in archs or ()]
+        words += [f"--dtype={dtype.value}" for dtype in dtypes or ()]
+        words += [] if output is None else [f"--output={output}"]
+        words += [] if jobs is None else [f"--jobs={jobs}"]
+        words += ["--cuda" if cuda else "--no-cuda", *(["--debug"] if debug else [])]
+        raise typer.Exit(_without_interpreter(["kernels", *words, "--", *(names or ())]))
+    import torch
+    from rich.console import Console
+    from tqdm import tqdm
+
+    from segmenter_fast.compile_report import make_report, show, to_markdown
+    from segmenter_fast.ops._triton import ARCHITECTURES
+
+    chosen = [text.removeprefix("sm_") for text in archs or map(str, ARCHITECTURES)]
+    for text in chosen:
+        if text not in map(str, ARCHITECTURES):
+            known = ", ".join(f"sm_{arch}" for arch in ARCHITECTURES)
+            raise _usage("--arch", f"expected one of {known}, got {text!r}")
+    with contextlib.ExitStack() as stack:
+
+        def progress(total: int) -> Callable[[], None]:
+            bar = tqdm(total=total, desc="compile", unit="kernel", disable=None)
+            return stack.enter_context(bar).update
+
+        report = make_report(
+            names=names or (),
+            archs=sorted({int(text) for text in chosen}),
+            dtypes=[getattr(torch, dtype.value) for dtype in dtypes] if dtypes else None,
+            processes=jobs or os.cpu_count() or 1,
+            with_cuda=cuda,
+            progress=progress,
+        )
+    show(report, Console())
+    if output is not None:
+        _write_text(output, to_markdown(report))
+        typer.echo(f"written to {output}")
+    if report.problems:
+        raise typer.Exit(1)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -2,10 +2,11 @@
 
 Interpreter. With TRITON_INTERPRET=1 kernels run on CPU tensors, in NumPy. The variable is read when
 a kernel is decorated, that is, at import. The interpreter is silently wrong for bfloat16 arithmetic
-and for float32 -> bfloat16, which it truncates instead of rounding; kernels therefore convert as
-they load (`load_as`), store through `store_as` and multiply through `dot`. It knows no libdevice
-and no inline assembly, so no kernel uses either. tests/test_triton.py states these facts, and fails
-when a version of Triton changes them.
+and for float32 -> bfloat16, which it truncates instead of rounding; subnormal numbers come out
+wrong in both directions. Kernels therefore convert as they load (`load_as`), store through
+`store_as` and multiply through `dot`. It knows no libdevice and no inline assembly, so no kernel
+uses either. tests/test_triton.py states these facts, and fails when a version of Triton changes
+them.
 
 Configurations. A kernel has a table of `Config`s by architecture, the preferred one first. What was
 compiled but never run on such a chip has `verified=False`; an architecture that a table does not
@@ -20,7 +21,9 @@ computed rather than loaded. `check_ptxas` refuses such a compiler for such kern
 """
 
 import functools
+import importlib
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -62,6 +65,8 @@ ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities that have configurations of their own, as in sm_90."""
 
 MINIMUM_PTXAS_FOR_HOPPER = (13, 1)
+PTXAS_VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+"""Where Triton looks for ptxas first; newer ones read the second for sm_90, too."""
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -79,7 +84,13 @@ def require_triton() -> None:
 @triton.jit
 def load_as(pointer, mask, other, DTYPE: tl.constexpr):
     """`tl.load`, converted at once: arithmetic is never done in 16 bits."""
-    return tl.load(pointer, mask=mask, other=other).to(DTYPE)
+    value = tl.load(pointer, mask=mask, other=other)
+    if _INTERPRETED:
+        if pointer.dtype.element_ty == tl.bfloat16:
+            # These are the upper 16 bits of a float32.
+            bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+            value = bits.to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
 
 
 @triton.jit
@@ -87,11 +98,11 @@ def store_as(pointer, value, mask):
     """`tl.store`, rounded to the pointer's type, to nearest even in the interpreter too."""
     if _INTERPRETED:
         if pointer.dtype.element_ty == tl.bfloat16:
-            # Round the upper 16 bits of the float32 by hand; NaN keeps its payload's upper part.
+            # The upper 16 bits of the float32, rounded by hand; a NaN must stay one.
             bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
             rounded = bits + 0x7FFF + ((bits >> 16) & 1)
-            bits = tl.where(value == value, rounded, bits) & 0xFFFF0000
-            value = bits.to(tl.float32, bitcast=True)
+            bits = tl.where(value == value, rounded, bits | 0x400000)
+            value = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
@@ -343,6 +354,19 @@ class Operation:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def operations() -> tuple[Operation, ...]:
+    """Everything declared as `OPERATION` or in `OPERATIONS` by the modules ops/*_triton.py."""
+    from segmenter_fast import ops
+
+    found: list[Operation] = []
+    for name in sorted(info.name for info in pkgutil.iter_modules(ops.__path__)):
+        if name.endswith("_triton"):
+            module = importlib.import_module(f"{ops.__name__}.{name}")
+            found += getattr(module, "OPERATIONS", ())
+            found += [module.OPERATION] if hasattr(module, "OPERATION") else []
+    return tuple(found)
+
+
 # --------------------------------------------------------------------------- the compiler
 @functools.cache
 def ptxas_version(program: str) -> tuple[int, int]:
@@ -371,7 +395,7 @@ def find_tool(name: str) -> str:
     return found
 
 
-def _ptxas_of_triton(arch: int) -> str:
+def ptxas_of_triton(arch: int) -> str:
     """The ptxas that Triton will run for this architecture."""
     from triton.backends.nvidia import compiler
 
@@ -390,28 +414,28 @@ def _ptxas_of_triton(arch: int) -> str:
 def check_ptxas(arch: int) -> None:
     """Refuse a ptxas that miscompiles matrix products of registers on this architecture.
 
-    If Triton's own is too old and TRITON_PTXAS_PATH is not set, a good one is looked for beside it
-    and on PATH, and Triton is told to use it.
+    If Triton's own is too old and none of PTXAS_VARIABLES is set, a good one is looked for beside
+    it and on PATH, and Triton is told to use it.
 
     Raises:
         BackendError: no good one; says which version was found and what to install.
     """
     if arch != 90:
         return
-    chosen = _ptxas_of_triton(arch)
+    chosen = ptxas_of_triton(arch)
     if ptxas_version(chosen) >= MINIMUM_PTXAS_FOR_HOPPER:
         return
-    if "TRITON_PTXAS_PATH" not in os.environ:
+    if not any(variable in os.environ for variable in PTXAS_VARIABLES):
         beside = str(Path(chosen).with_name("ptxas-blackwell"))
         for other in filter(None, (beside, shutil.which("ptxas"))):
             if ptxas_version(other) >= MINIMUM_PTXAS_FOR_HOPPER:
-                os.environ["TRITON_PTXAS_PATH"] = other
+                os.environ.update(dict.fromkeys(PTXAS_VARIABLES, other))
                 return
     wanted, found = (
         ".".join(map(str, version)) for version in (MINIMUM_PTXAS_FOR_HOPPER, ptxas_version(chosen))
     )
     raise BackendError(
         f"ptxas {found} ({chosen}) is known to miscompile matrix products for sm_90; {wanted} or "
-        "newer is needed. Install triton >= 3.9, or a CUDA toolkit >= 13.1 and set "
-        "TRITON_PTXAS_PATH to its ptxas"
+        f"newer is needed. Install triton >= 3.9, or a CUDA toolkit >= {wanted} and set "
+        f"{' and '.join(PTXAS_VARIABLES)} to its ptxas"
     )
