@@ -5,7 +5,7 @@ D = 192 as of Seg-T, 768 as of Seg-B.
 
 import pytest
 import torch
-from harness import Work
+from harness import Work, not_run
 from torch import Tensor
 
 from segmenter_fast.ops.mask_product import mask_product
@@ -30,7 +30,7 @@ def eager(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor) -> Ten
 
 @pytest.mark.parametrize("width", [192, 768])
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "with gradient"])
-def test_mask_product(contest, width, gradient):
+def test_mask_product(contest, with_compile, width, gradient):
     inputs = make_inputs(1, width)
     upstream = torch.randn(1, PATCHES, N_CLS, generator=torch.Generator().manual_seed(1))
 
@@ -46,14 +46,16 @@ def test_mask_product(contest, width, gradient):
         for ours, theirs in zip(results, right, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
 
-    compiled = torch.compile(eager)
+    compiled = torch.compile(eager, dynamic=False)
     flops = 2 * PATCHES * N_CLS * width
     moved = 4 * (inputs[0].numel() + inputs[1].numel() + PATCHES * N_CLS)
     contest(
         f"mask product{' and gradient' * gradient}, K = {N_CLS}, N = {PATCHES}, D = {width}",
         {
             "eager": lambda: run(eager),
-            "torch.compile": lambda: run(compiled),
+            "torch.compile": (lambda: run(compiled))
+            if with_compile
+            else not_run("needs --with-compile"),
             "native": lambda: run(lambda *x: mask_product(*x, backend="native")),
         },
         check,
