@@ -10,3 +10,4 @@ from segmenter_fast.ops import upsample_argmax_cuda as upsample_argmax_cuda
 from segmenter_fast.ops import upsample_argmax_triton as upsample_argmax_triton
 from segmenter_fast.ops import upsample_cross_entropy_triton as upsample_cross_entropy_triton
 from segmenter_fast.ops import upsample_probabilities_triton as upsample_probabilities_triton
+from segmenter_fast.ops import windows_triton as windows_triton

@@ -10,9 +10,10 @@ With S the patch logits of all windows of a view as one grid, and TY, TX the tap
 Backend "native" has two compiled kernels. Labels of a single view are an argmax of convex
 combinations, so classes are pruned exactly, block by block, as in ops/upsample_argmax.py. The rest
 works row by row of the output: the grid's rows are combined once for all columns, and then each
-pixel takes its taps along x, exponentials, and its share of the mean. Elsewhere PyTorch evaluates a
-tile of the output at a time with two small matrix products. Memory is that of the patch logits plus
-K x row, or K x tile. No gradient.
+pixel takes its taps along x, exponentials, and its share of the mean. "triton" goes the same way by
+strips of rows (ops/windows_triton.py). Elsewhere PyTorch evaluates a tile of the output at a time
+with two small matrix products. Memory is that of the patch logits plus K x row, K x strip or K x
+tile. No gradient.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ from segmenter_fast.ops.window_geometry import (
     axis_taps,
     check_size,
 )
+from segmenter_fast.ops.windows_triton import evaluate_windows
 
 TILE = (128, 1024)
 """Rows and columns of output that PyTorch evaluates at once: 79 MB of logits at K = 150."""
@@ -274,6 +276,8 @@ class WindowLogits:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             if self.backend == "native":
                 return self._evaluate_native(labels, probabilities)
+            if self.backend == "triton":
+                return evaluate_windows(self.views, self.size, labels, probabilities)
             return self._evaluate_tiles(labels, probabilities)
 
     def _evaluate_native(self, labels: bool, probabilities: str) -> tuple[Tensor, Tensor | None]:
