@@ -287,7 +287,7 @@ def floor_of(work: Work, rows: Sequence[Row]) -> Floor:
     return Floor(work, ceilings(device), device)
 
 
-def ceilings(device: str = "cpu") -> Ceilings:
+def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Ceilings:
     """What the device reaches in a matrix product and in a copy, measured once per process.
 
     A matrix product does two FLOP with each fused multiply-add; arithmetic without them, such as
@@ -296,16 +296,22 @@ def ceilings(device: str = "cpu") -> Ceilings:
 
     Args:
         device: "cpu" or "cuda".
+        dtype: of the matrices.
     """
-    return _ceilings(device, torch.get_num_threads())
+    return _ceilings(device, torch.get_num_threads(), dtype)
 
 
 @functools.cache
-def _ceilings(device: str, threads: int) -> Ceilings:
-    return Ceilings(_flop_per_s(device), _bytes_per_s(device, _copy_bytes(device)))
+def _ceilings(device: str, threads: int, dtype: torch.dtype) -> Ceilings:
+    return Ceilings(_flop_per_s(device, dtype), _copy_rate(device, threads))
 
 
-def _flop_per_s(device: str) -> float:
+@functools.cache
+def _copy_rate(device: str, threads: int) -> float:
+    return _bytes_per_s(device, _copy_bytes(device))
+
+
+def _flop_per_s(device: str, dtype: torch.dtype) -> float:
     # Large matrices suit many threads, small ones a slow machine: from 512 upwards, until the next
     # would take too long. Full float32 precision, whatever has been allowed.
     precision = torch.get_float32_matmul_precision()
@@ -313,7 +319,7 @@ def _flop_per_s(device: str) -> float:
     try:
         best, side, seconds = 0.0, 512, 0.0
         while 8 * seconds < 0.1:
-            a, b = torch.rand(2, side, side, device=device)
+            a, b = torch.rand(2, side, side, device=device).to(dtype)
             out = torch.empty_like(a)
             seconds = _best_seconds(functools.partial(torch.mm, a, b, out=out))
             best = max(best, 2 * side**3 / seconds)

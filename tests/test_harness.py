@@ -240,7 +240,7 @@ def test_ceilings_are_measured_once(harness, monkeypatch):
     # Smaller than a real run's, whose copy has to pass the last-level cache.
     sizes = []
     monkeypatch.setattr(harness, "_copy_bytes", lambda device: sizes.append(device) or 1 << 20)
-    monkeypatch.setattr(harness, "_flop_per_s", lambda device: 1e9)
+    monkeypatch.setattr(harness, "_flop_per_s", lambda device, dtype: 1e9)
     harness._ceilings.cache_clear()
     try:
         first = harness.ceilings()
@@ -266,7 +266,7 @@ def test_flop_rate_is_of_full_precision(harness, monkeypatch):
 
     monkeypatch.setattr(harness, "_best_seconds", seconds)
     try:
-        assert harness._flop_per_s("cpu") == 2 * 512**3 / 0.02
+        assert harness._flop_per_s("cpu", torch.float32) == 2 * 512**3 / 0.02
         assert seen == [("highest", 512)]
         assert torch.get_float32_matmul_precision() == "high"
     finally:
@@ -303,7 +303,7 @@ TOY = """
 import harness
 from harness import Work
 
-harness._ceilings = lambda device, threads: harness.Ceilings(1e9, 1e9)
+harness._ceilings = lambda device, threads, dtype: harness.Ceilings(1e9, 1e9)
 
 
 def test_toy(contest, compiled):

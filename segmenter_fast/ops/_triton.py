@@ -334,11 +334,16 @@ class Operation:
         reference: the same in plain PyTorch.
         case: shape and options at which it is timed and compiled, as for ADE20K.
         checks: more cases at which it is only checked, with odd sizes.
+        toy: the smallest case that reaches every kernel, for the interpreter.
         work: (inputs) -> (FLOP, bytes) that no method can do without, forward alone.
         backward_work: the same for the gradient; None if there is none.
         verdict: "close" for floating-point results, "equal" for exact ones, "labels" for classes
             that must be best but for rounding.
         matrix: counts matrix products, whose FLOP the tensor cores do.
+        dtypes: to check and to compile for.
+        gradient_of: inputs that have a gradient, if there is `backward_work`.
+        contestants: other ways to the result than `reference`, by name, called as `run` is: timed
+            beside it on a GPU. One that raises has no figures, but the reason.
     """
 
     name: str
@@ -347,11 +352,14 @@ class Operation:
     reference: Callable[..., Tensor | tuple[Tensor, ...]]
     case: Mapping[str, Any]
     checks: Sequence[Mapping[str, Any]]
+    toy: Mapping[str, Any]
     work: Callable[[Mapping[str, Any]], tuple[float, float]]
     backward_work: Callable[[Mapping[str, Any]], tuple[float, float]] | None = None
     verdict: str = "close"
     matrix: bool = False
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    gradient_of: Sequence[str] = ("logits",)
+    contestants: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 def operations() -> tuple[Operation, ...]:

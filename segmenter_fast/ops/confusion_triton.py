@@ -123,7 +123,13 @@ OPERATION = Operation(
         {"batch": 2, "n_cls": 7, "size": (29, 31), "run": 3},
         {"batch": 1, "n_cls": 90, "size": (37, 101), "run": 1},
     ),
+    toy={"batch": 1, "n_cls": 5, "size": (9, 14), "run": 3},
     work=_work,
     verdict="equal",
     dtypes=(torch.uint8, torch.int16, torch.int64),
+    contestants={
+        "CUDA C++": lambda **inputs: torch.ops.segmenter_fast.confusion_matrix_cuda(
+            *inputs.values(), False
+        )
+    },
 )

@@ -266,7 +266,9 @@ OPERATION = Operation(
         {"batch": 2, "n": 37, "n_cls": 19, "width": 48},
         {"batch": 1, "n": 130, "n_cls": 200, "width": 100},
     ),
+    toy={"batch": 1, "n": 5, "n_cls": 7, "width": 24},
     work=_work,
     backward_work=_backward_work,
     matrix=True,
+    gradient_of=("patches", "classes", "weight", "bias"),
 )

@@ -324,6 +324,7 @@ OPERATION = Operation(
             **{"label_smoothing": 0.1, "reduction": "none"},
         },
     ),
+    toy={"batch": 1, "n_cls": 7, "grid": (2, 2), "size": (5, 6), "weighted": True},
     work=_work,
     backward_work=_backward_work,
 )

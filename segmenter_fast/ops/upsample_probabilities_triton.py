@@ -193,6 +193,7 @@ OPERATION = Operation(
         {"batch": 2, "n_cls": 19, "grid": (7, 5), "size": (113, 67), "crop": (3, 5, 101, 53)},
         {"batch": 1, "n_cls": 37, "grid": (3, 4), "size": (31, 29)},
     ),
+    toy={"batch": 1, "n_cls": 7, "grid": (2, 2), "size": (5, 6)},
     work=_work,
     backward_work=_backward_work,
 )

@@ -282,6 +282,7 @@ OPERATIONS = (
         reference=_labels_reference,
         case={"n_cls": 150, "image": (512, 683), "window": 512, "stride": 512},
         checks=({"n_cls": 19, "image": (70, 101), "window": 48, "stride": 31},),
+        toy={"n_cls": 5, "image": (7, 20), "window": 16, "stride": 16},
         work=lambda inputs: _work(inputs, 1),
         verdict="labels",
     ),
@@ -300,6 +301,7 @@ OPERATIONS = (
                 **{"scales": (1.0, 1.3), "flip": True},
             },
         ),
+        toy={"n_cls": 5, "image": (7, 20), "window": 16, "stride": 16, "flip": True},
         work=lambda inputs: _work(inputs, 4 * inputs["views"][0].logits.shape[1]),
     ),
 )
