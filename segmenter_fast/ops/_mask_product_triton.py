@@ -2,9 +2,13 @@
 
 Notation and mathematics: ops/mask_product_triton.py. The three kernels:
 
-    mask           a program per block of patches: y; for the gradient m, 1/|p| and 1/|c| as well
+    mask           a program per block of patches: y; for the gradient m, 1/|p|, 1/|c|, mean and r
+                   too. Classes beyond one block have programs of their own, which stop at m
     mask_gradient  a program per few patches: G, A and the sums over its patches
     product        a program per block of the result: G c - A p, and with G transposed the other
+
+Operands of the products are as they were loaded, so that Hopper's matrix instructions read them
+from shared memory: from registers older compilers get them wrong.
 """
 
 from segmenter_fast.ops._triton import Config, Kernel, dot, load_as, store_as, tl, triton
@@ -12,36 +16,30 @@ from segmenter_fast.ops._triton import Config, Kernel, dot, load_as, store_as, t
 
 @triton.jit
 def cosines(
-    p_ptr, c_ptr, p_stride_n, p_stride_d, c_stride_k, c_stride_d, n, k, N, K, D,
+    p_ptr, c_ptr, p_stride_n, p_stride_d, c_stride_k, c_stride_d, patches, classes, D,
     DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Cosines m (BLOCK_N, BLOCK_K), 1/|p| (BLOCK_N,) and 1/|c| (BLOCK_K,); NaN outside."""
     product = tl.zeros([BLOCK_N, BLOCK_K], DTYPE)
     p_square = tl.zeros([BLOCK_N], DTYPE)
     c_square = tl.zeros([BLOCK_K], DTYPE)
-    p_ptrs = p_ptr + n.to(tl.int64)[:, None] * p_stride_n
-    c_ptrs = c_ptr + k.to(tl.int64)[:, None] * c_stride_k
-    for d0 in range(0, D, BLOCK_D):
-        d = d0 + tl.arange(0, BLOCK_D)[None, :]
-        p = tl.load(p_ptrs + d * p_stride_d, mask=(n < N)[:, None] & (d < D), other=0.0)
-        c = tl.load(c_ptrs + d * c_stride_d, mask=(k < K)[:, None] & (d < D), other=0.0)
+    n = tl.arange(0, BLOCK_N)[:, None]
+    k = tl.arange(0, BLOCK_K)[:, None]
+    lanes = tl.arange(0, BLOCK_D)[None, :]
+    p_ptrs = p_ptr + n.to(tl.int64) * p_stride_n + lanes.to(tl.int64) * p_stride_d
+    c_ptrs = c_ptr + k.to(tl.int64) * c_stride_k + lanes.to(tl.int64) * c_stride_d
+    for d in range(0, D, BLOCK_D):
+        p = tl.load(p_ptrs, mask=(n < patches) & (lanes < D - d), other=0.0)
+        c = tl.load(c_ptrs, mask=(k < classes) & (lanes < D - d), other=0.0)
         product = dot(p, tl.trans(c), product)
         p, c = p.to(DTYPE), c.to(DTYPE)
         p_square += tl.sum(p * p, 1)
         c_square += tl.sum(c * c, 1)
-    by_p, by_c = tl.rsqrt(p_square), tl.rsqrt(c_square)
+        p_ptrs += BLOCK_D * p_stride_d
+        c_ptrs += BLOCK_D * c_stride_d
+    # Not rsqrt, which is coarse in float64.
+    by_p, by_c = 1.0 / tl.sqrt(p_square), 1.0 / tl.sqrt(c_square)
     return product * by_p[:, None] * by_c[None, :], by_p, by_c
-
-
-@triton.jit
-def normalise(m, k, K, DTYPE: tl.constexpr, EPS: tl.constexpr):
-    """Layer norm x, 0 beyond the classes, and r, as a column."""
-    kept = (k < K)[None, :]
-    mean = tl.sum(tl.where(kept, m, 0.0), 1)[:, None] / K
-    centred = tl.where(kept, m - mean, 0.0)
-    variance = tl.sum(centred * centred, 1)[:, None] / K
-    r = tl.rsqrt(variance + tl.full([1, 1], EPS, DTYPE))
-    return centred * r, r
 
 
 @triton.jit
@@ -50,10 +48,12 @@ def _mask_kernel(
     c_ptr,  # (B, K, D)
     weight_ptr,  # (K,)
     bias_ptr,  # (K,)
-    y_ptr,  # (B, N, K), contiguous
+    y_ptr,  # (B, N, K), contiguous, if NORM
     m_ptr,  # (B, N, K) m, if KEEP
     by_p_ptr,  # (B, N) 1 / |p|, if KEEP
     by_c_ptr,  # (B, K) 1 / |c|, if KEEP
+    mean_ptr,  # (B, N) mean of m, if KEEP and NORM
+    r_ptr,  # (B, N) r, if KEEP and NORM
     p_stride_b,
     p_stride_n,
     p_stride_d,
@@ -67,29 +67,44 @@ def _mask_kernel(
     DTYPE: tl.constexpr,
     EPS: tl.constexpr,
     KEEP: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    # 64-bit offsets of the block; inside it 32 bits do, and take half the registers.
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    n0 = tl.program_id(0) % blocks * BLOCK_N
+    k0 = tl.program_id(1) * BLOCK_K
+    row = image * N + n0
+    n, k = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    patch, kept = n < N - n0, k < K - k0
     m, by_p, by_c = cosines(
-        p_ptr + image * p_stride_b, c_ptr + image * c_stride_b,
-        p_stride_n, p_stride_d, c_stride_k, c_stride_d, n, k, N, K, D,
+        p_ptr + image * p_stride_b + n0.to(tl.int64) * p_stride_n,
+        c_ptr + image * c_stride_b + k0.to(tl.int64) * c_stride_k,
+        p_stride_n, p_stride_d, c_stride_k, c_stride_d, N - n0, K - k0, D,
         DTYPE, BLOCK_N, BLOCK_K, BLOCK_D,
     )  # fmt: skip
-    x, _ = normalise(m, k, K, DTYPE, EPS)
-    weight = load_as(weight_ptr + k, k < K, 0.0, DTYPE)[None, :]
-    bias = load_as(bias_ptr + k, k < K, 0.0, DTYPE)[None, :]
-    kept = (n < N)[:, None] & (k < K)[None, :]
-    at = (image * N + n)[:, None] * K + k[None, :]
-    store_as(y_ptr + at, x * weight + bias, kept)
+    at = n[:, None] * K + k[None, :]
+    mask = patch[:, None] & kept[None, :]
+    if NORM:
+        mean = tl.sum(tl.where(kept[None, :], m, 0.0), 1) / K
+        centred = tl.where(kept[None, :], m - mean[:, None], 0.0)
+        variance = tl.sum(centred * centred, 1) / K
+        r = 1.0 / tl.sqrt(variance + tl.full([1], EPS, DTYPE))
+        weight = load_as(weight_ptr + k, kept, 0.0, DTYPE)[None, :]
+        bias = load_as(bias_ptr + k, kept, 0.0, DTYPE)[None, :]
+        store_as(y_ptr + row * K + at, centred * r[:, None] * weight + bias, mask)
+        if KEEP:
+            tl.store(mean_ptr + row + n, mean, mask=patch)
+            tl.store(r_ptr + row + n, r, mask=patch)
     if KEEP:
-        tl.store(m_ptr + at, m, mask=kept)
-        tl.store(by_p_ptr + image * N + n, by_p, mask=n < N)
-        # The same from every program of the image.
-        tl.store(by_c_ptr + image * K + k, by_c, mask=k < K)
+        # Last, when fewer registers are in use.
+        tl.store(m_ptr + row * K + k0 + at, m, mask=mask)
+        if k0 == 0:
+            tl.store(by_p_ptr + row + n, by_p, mask=patch)
+        if n0 == 0:
+            tl.store(by_c_ptr + image * K + k0 + k, by_c, mask=kept)
 
 
 @triton.jit
@@ -98,6 +113,8 @@ def _mask_gradient_kernel(
     m_ptr,  # (B, N, K)
     by_p_ptr,  # (B, N) 1 / |p|
     by_c_ptr,  # (B, K) 1 / |c|
+    mean_ptr,  # (B, N)
+    r_ptr,  # (B, N)
     weight_ptr,  # (K,)
     g_ptr,  # (B, N, K) G
     a_ptr,  # (B, N) A
@@ -106,31 +123,49 @@ def _mask_gradient_kernel(
     K,
     blocks,
     DTYPE: tl.constexpr,
-    EPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    kept = (n < N)[:, None] & (k < K)[None, :]
-    at = (image * N + n)[:, None] * K + k[None, :]
-    m = load_as(m_ptr + at, kept, 0.0, DTYPE)
-    u = load_as(upstream_ptr + at, kept, 0.0, DTYPE)
-    by_p = load_as(by_p_ptr + image * N + n, n < N, 0.0, DTYPE)
-    by_c = load_as(by_c_ptr + image * K + k, k < K, 0.0, DTYPE)
-    x, r = normalise(m, k, K, DTYPE, EPS)
-    sums = sums_ptr + tl.program_id(0).to(tl.int64) * 3 * K + k
-    tl.store(sums, tl.sum(tl.where(kept, u * x, 0.0), 0), mask=k < K)
-    tl.store(sums + K, tl.sum(u, 0), mask=k < K)
-    ug = u * load_as(weight_ptr + k, k < K, 0.0, DTYPE)[None, :]
-    mean = tl.sum(ug, 1)[:, None] / K
-    mean_x = tl.sum(ug * x, 1)[:, None] / K
-    dm = tl.where(kept, r * (ug - mean - x * mean_x), 0.0)
-    share = tl.where(kept, dm * m, 0.0)
-    tl.store(sums + 2 * K, tl.sum(share, 0) * by_c * by_c, mask=k < K)
-    tl.store(a_ptr + image * N + n, tl.sum(share, 1) * by_p * by_p, mask=n < N)
-    store_as(g_ptr + at, dm * by_p[:, None] * by_c[None, :], kept)
+    n0 = tl.program_id(0) % blocks * BLOCK_N
+    row = image * N + n0
+    n = tl.arange(0, BLOCK_N)
+    patch = n < N - n0
+    by_p = load_as(by_p_ptr + row + n, patch, 0.0, DTYPE)
+    mean = load_as(mean_ptr + row + n, patch, 0.0, DTYPE)[:, None]
+    r = load_as(r_ptr + row + n, patch, 0.0, DTYPE)[:, None]
+    u_ptr, own_m_ptr, own_g_ptr = upstream_ptr + row * K, m_ptr + row * K, g_ptr + row * K
+    mean_ug = tl.zeros([BLOCK_N], DTYPE)
+    mean_ugx = tl.zeros([BLOCK_N], DTYPE)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        mask = patch[:, None] & (k < K)[None, :]
+        at = n[:, None] * K + k[None, :]
+        weight = load_as(weight_ptr + k, k < K, 0.0, DTYPE)[None, :]
+        ug = load_as(u_ptr + at, mask, 0.0, DTYPE) * weight
+        x = (load_as(own_m_ptr + at, mask, 0.0, DTYPE) - mean) * r
+        mean_ug += tl.sum(ug, 1)
+        mean_ugx += tl.sum(tl.where(mask, ug * x, 0.0), 1)
+    mean_ug, mean_ugx = mean_ug[:, None] / K, mean_ugx[:, None] / K
+    a = tl.zeros([BLOCK_N], DTYPE)
+    sums = sums_ptr + tl.program_id(0).to(tl.int64) * 3 * K
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        mask = patch[:, None] & (k < K)[None, :]
+        at = n[:, None] * K + k[None, :]
+        weight = load_as(weight_ptr + k, k < K, 0.0, DTYPE)[None, :]
+        by_c = load_as(by_c_ptr + image * K + k, k < K, 0.0, DTYPE)
+        u = load_as(u_ptr + at, mask, 0.0, DTYPE)
+        m = load_as(own_m_ptr + at, mask, 0.0, DTYPE)
+        x = (m - mean) * r
+        dm = tl.where(mask, r * (u * weight - mean_ug - x * mean_ugx), 0.0)
+        store_as(own_g_ptr + at, dm * by_p[:, None] * by_c[None, :], mask)
+        share = tl.where(mask, dm * m, 0.0)
+        a += tl.sum(share, 1)
+        tl.store(sums + k, tl.sum(tl.where(mask, u * x, 0.0), 0), mask=k < K)
+        tl.store(sums + K + k, tl.sum(u, 0), mask=k < K)
+        tl.store(sums + 2 * K + k, tl.sum(share, 0) * by_c * by_c, mask=k < K)
+    tl.store(a_ptr + row + n, a * by_p * by_p, mask=patch)
 
 
 @triton.jit
@@ -186,7 +221,7 @@ MASK = {
     True: Kernel(
         _mask_kernel,
         {
-            90: (Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8),),
+            90: (Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8, num_stages=3),),
             "default": (Config({"BLOCK_N": 32, "BLOCK_D": 64}, num_warps=8),),
         },
         matrix=True,
@@ -197,7 +232,7 @@ MASK = {
 }
 MASK_GRADIENT = Kernel(
     _mask_gradient_kernel,
-    {"default": (Config({"BLOCK_N": 8}), Config({"BLOCK_N": 16}, num_warps=8))},
+    {"default": (Config({"BLOCK_N": 16, "BLOCK_K": 64}), Config({"BLOCK_N": 8, "BLOCK_K": 64}))},
 )
 PRODUCT = {
     True: Kernel(

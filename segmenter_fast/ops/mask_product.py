@@ -23,6 +23,19 @@ def mask_product_reference(
     return F.layer_norm(masks, (classes.shape[1],), weight, bias, eps)
 
 
+def _as_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Patches, classes, weight and bias as CUDA's autocast hands them to PyTorch's operators.
+
+    A registered operator is opaque to autocast. Matrix products are on its list for 16 bits, layer
+    norm on that for float32; float64 stays what it is.
+    """
+    kind = inputs[0].device.type
+    if not torch.is_autocast_enabled(kind) or inputs[0].dtype == torch.float64:
+        return inputs
+    dtype = torch.get_autocast_dtype(kind)
+    return *(x.to(dtype) for x in inputs[:2]), *(x.float() for x in inputs[2:])
+
+
 def mask_product(
     patches: Tensor,
     classes: Tensor,
@@ -38,12 +51,11 @@ def mask_product(
         classes: (B, K, D) projected class tokens, of the same dtype.
         weight, bias: (K,) of the layer norm over classes.
         eps: added to the variance, units of the masks squared.
-        backend: see `segmenter_fast.backend`. The kernels of "triton" take up to 256 classes and no
-            float64; beyond, and with "native", this is PyTorch's matrix product and layer norm.
+        backend: see `segmenter_fast.backend`; "native" is the plain PyTorch of "reference".
 
     Returns:
-        (B, N, K), dtype of the inputs; float32 under autocast and wherever weight and bias are; NaN
-        where a vector is 0. Differentiable, once with Triton.
+        (B, N, K), dtype of the inputs; float32 under autocast, and with Triton wherever weight and
+        bias are; NaN where a vector is 0. Differentiable, once with Triton.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -64,12 +76,8 @@ def mask_product(
             f"expected weight and bias ({n_cls},) for {n_cls} classes, got "
             f"{tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    if (
-        resolve_backend(backend, patches.device) == "triton"
-        and n_cls <= 256
-        and patches.dtype != torch.float64
-    ):
-        inputs = (patches, classes, weight, bias)
+    if resolve_backend(backend, patches.device) == "triton":
+        inputs = _as_autocast(patches, classes, weight, bias)
         with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         return torch.ops.segmenter_fast.mask_product_triton(*inputs, eps, with_gradient)[0]
     return mask_product_reference(patches, classes, weight, bias, eps)

@@ -5,23 +5,28 @@ With p a patch's vector and c a class's, g = weight, b = bias and K classes
     m = <p, c> / (|p| |c|)          x = (m - mean_k m) r,  r = 1 / sqrt(var_k m + eps)
     y = g x + b
 
-A program holds all classes of a block of patches, so the layer norm is its epilogue. The vectors go
-into the matrix product as they are and the sums of their squares are taken on the way: dividing the
+Up to 256 classes a program holds all of them for a block of patches, so the layer norm is its
+epilogue; of more classes the kernel makes m, and PyTorch's layer norm follows. The vectors go into
+the matrix product as they are and the sums of their squares are taken on the way: dividing the
 product is as good as normalising the vectors, and matrix units read operands from memory at full
-speed that way. Where a gradient is wanted m and the norms are kept, which is cheaper than to take
-the product again. Backward, from the upstream gradient u of y,
+speed that way. Where a gradient is wanted m, the norms, the mean and r are kept, which is cheaper
+than to take the product again. Backward, from the upstream gradient u of y,
 
     dg = sum_n u x          db = sum_n u
     dm = r (u g - mean_k(u g) - x mean_k(u g x))
     G  = dm / (|p| |c|)     A_n = sum_k dm m / |p|^2          B_k = sum_n dm m / |c|^2
 
-Sums over patches are left per block and added up in a fixed order. Two matrix products follow, with
-the rest of the normalisations' derivative as their epilogues:
+The second line is layer norm's derivative: m can change neither the mean nor the length of x, so
+those two parts of u g are taken out. Sums over patches are left per block and added up in a fixed
+order. Two matrix products follow, with the rest of the normalisations' derivative as their
+epilogues; a vector's length changes no mask, so they take out the part along the vector itself:
 
     dp = G c - A p          dc = G^T p - B c
 
 16-bit vectors are multiplied by the tensor cores and summed in float32, as is everything else;
-float32 is multiplied as such, not as TF32.
+float32 is multiplied as such, not as TF32, and float64 in float64.
+
+A vector of zeros has no direction: its masks are NaN, as they are with 0 / 0 in the definition.
 """
 
 from collections.abc import Mapping
@@ -43,7 +48,9 @@ from segmenter_fast.ops.mask_product import mask_product_reference
 from segmenter_fast.ops.upsample import upcast
 
 MOST_CLASSES = 256
-"""What a program holds; beyond, plain matrix products serve."""
+"""What a program's block holds; more are divided among programs, and the layer norm follows."""
+
+BLOCK_OF_MANY_CLASSES = 128
 
 
 # --------------------------------------------------------------------------- operators
@@ -61,35 +68,48 @@ def _mask_product_op(
     bias: Tensor,
     eps: float,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The masks y; m, 1/|p| and 1/|c|, which are empty without `with_gradient`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The masks y; m, 1/|p|, 1/|c|, mean of m and r, which are empty without `with_gradient`."""
     _check(patches, classes)
     (batch, n, d), n_cls = patches.shape, classes.shape[1]
-    y, m, by_p, by_c = _empty(patches, classes, weight, with_gradient)
+    fused = n_cls <= MOST_CLASSES
+    outputs = _empty(patches, classes, weight, with_gradient)
+    y, m, by_p, by_c, *_ = buffers = (
+        outputs if fused or with_gradient else _empty(patches, classes, weight, True)
+    )
     kernel = _kernel(MASK, patches)
     config = kernel.config(patches)
+    block = max(16, next_power_of_2(n_cls)) if fused else BLOCK_OF_MANY_CLASSES
     blocks = -(-n // config["BLOCK_N"])
     launch(
         kernel,
-        (batch * blocks,),
+        (batch * blocks, -(-n_cls // block)),
         config,
-        *(patches, classes, weight.contiguous(), bias.contiguous(), y, m, by_p, by_c),
+        *(patches, classes, weight.contiguous(), bias.contiguous(), *buffers),
         *(*patches.stride(), *classes.stride(), n, n_cls, d, blocks),
         DTYPE=accumulator(patches.dtype),
         EPS=eps,
-        KEEP=with_gradient,
-        BLOCK_K=max(16, next_power_of_2(n_cls)),
+        KEEP=with_gradient or not fused,
+        NORM=fused,
+        BLOCK_K=block,
     )
-    return y, m, by_p, by_c
+    if fused:
+        return outputs
+    masks, mean, r = torch.native_layer_norm(m, (n_cls,), weight.to(m), bias.to(m), eps)
+    masks = masks.to(y.dtype)
+    if with_gradient:
+        return masks, m, by_p, by_c, mean.squeeze(-1), r.squeeze(-1)
+    return masks, *outputs[1:]
 
 
 def _empty(
     patches: Tensor, classes: Tensor, weight: Tensor, with_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, n, _), n_cls = patches.shape, classes.shape[1]
     y = patches.new_empty((batch, n, n_cls), dtype=torch.promote_types(patches.dtype, weight.dtype))
     precise = upcast(patches.new_empty(0))
-    shapes = ((batch, n, n_cls), (batch, n), (batch, n_cls)) if with_gradient else ((0,),) * 3
+    rows = (batch, n)
+    shapes = ((*rows, n_cls), rows, (batch, n_cls), rows, rows) if with_gradient else ((0,),) * 5
     return y, *(precise.new_empty(shape) for shape in shapes)
 
 
@@ -101,22 +121,18 @@ def _(
     bias: Tensor,
     eps: float,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty(patches, classes, weight, with_gradient)
 
 
 def _check(patches: Tensor, classes: Tensor) -> None:
     check_device(patches)
-    allowed = (torch.float16, torch.bfloat16, torch.float32)
-    if not patches.is_cuda:  # the interpreter's products, for gradient checks
-        allowed = (*allowed, torch.float64)
+    allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if patches.dtype not in allowed or classes.dtype != patches.dtype:
         raise TypeError(
-            "patches and classes must both be float16, bfloat16 or float32, got "
+            "patches and classes must both be float16, bfloat16, float32 or float64, got "
             f"{patches.dtype} and {classes.dtype}"
         )
-    if classes.shape[1] > MOST_CLASSES:
-        raise ValueError(f"at most {MOST_CLASSES} classes, got {classes.shape[1]}")
 
 
 @torch.library.custom_op(
@@ -129,10 +145,11 @@ def _mask_product_backward_op(
     m: Tensor,
     by_p: Tensor,
     by_c: Tensor,
+    mean: Tensor,
+    r: Tensor,
     patches: Tensor,
     classes: Tensor,
     weight: Tensor,
-    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of patches, classes, weight and bias."""
     (batch, n, d), n_cls = patches.shape, classes.shape[1]
@@ -146,11 +163,9 @@ def _mask_product_backward_op(
         MASK_GRADIENT,
         (batch * blocks,),
         config,
-        *(upstream.contiguous(), m, by_p, by_c, weight.contiguous(), products, of_patches, sums),
-        *(n, n_cls, blocks),
+        *(upstream.contiguous(), m, by_p, by_c, mean, r, weight.contiguous()),
+        *(products, of_patches, sums, n, n_cls, blocks),
         **options,
-        EPS=eps,
-        BLOCK_K=max(16, next_power_of_2(n_cls)),
     )
     per_image = sums.sum(1)
     of_weight, of_bias = per_image[:, 0].sum(0), per_image[:, 1].sum(0)
@@ -185,10 +200,11 @@ def _(
     m: Tensor,
     by_p: Tensor,
     by_c: Tensor,
+    mean: Tensor,
+    r: Tensor,
     patches: Tensor,
     classes: Tensor,
     weight: Tensor,
-    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         patches.new_empty(patches.shape),
@@ -208,7 +224,7 @@ _mask_product_backward_op.register_autograd(_no_second_derivative)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    patches, classes, weight, _, ctx.eps, with_gradient = inputs
+    patches, classes, weight, _, _, with_gradient = inputs
     if not with_gradient:
         raise RuntimeError(
             "an input requires a gradient: call the operator with with_gradient=True"
@@ -221,7 +237,7 @@ def _backward(
     ctx: Any, upstream: Tensor, *unused: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
     op = torch.ops.segmenter_fast.mask_product_triton_backward
-    return *op(upstream, *ctx.saved_tensors, ctx.eps), None, None
+    return *op(upstream, *ctx.saved_tensors), None, None
 
 
 _mask_product_op.register_autograd(_backward, setup_context=_setup_context)
@@ -265,6 +281,7 @@ OPERATION = Operation(
     checks=(
         {"batch": 2, "n": 37, "n_cls": 19, "width": 48},
         {"batch": 1, "n": 130, "n_cls": 200, "width": 100},
+        {"batch": 2, "n": 70, "n_cls": 300, "width": 40},
     ),
     toy={"batch": 1, "n": 5, "n_cls": 7, "width": 24},
     work=_work,
