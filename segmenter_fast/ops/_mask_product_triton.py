@@ -195,11 +195,13 @@ def _product_kernel(
 ):
     """Write G v - scale own."""
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row0 = tl.program_id(0) % blocks * BLOCK_ROWS
+    d0 = tl.program_id(1) * BLOCK_D
+    rows, lanes = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_D)
+    row, d = (row0 + rows).to(tl.int64), (d0 + lanes).to(tl.int64)
     total = tl.zeros([BLOCK_ROWS, BLOCK_D], DTYPE)
-    g_ptrs = g_ptr + image * g_stride_b + row.to(tl.int64)[:, None] * g_stride_row
-    v_ptrs = v_ptr + image * v_stride_b + d.to(tl.int64)[None, :] * v_stride_d
+    g_ptrs = g_ptr + image * g_stride_b + row[:, None] * g_stride_row
+    v_ptrs = v_ptr + image * v_stride_b + d[None, :] * v_stride_d
     for start in range(0, INNER, BLOCK_INNER):
         inner = (start + tl.arange(0, BLOCK_INNER)).to(tl.int64)
         g_mask = (row < ROWS)[:, None] & (inner < INNER)[None, :]
@@ -209,39 +211,72 @@ def _product_kernel(
         total = dot(g, v, total)
     mask = (row < ROWS)[:, None] & (d < D)[None, :]
     scale = load_as(scale_ptr + image * ROWS + row, row < ROWS, 0.0, DTYPE)
-    own_ptrs = own_ptr + image * own_stride_b + row.to(tl.int64)[:, None] * own_stride_row
-    own = load_as(own_ptrs + d.to(tl.int64)[None, :] * own_stride_d, mask, 0.0, DTYPE)
-    out = out_ptr + (image * ROWS + row)[:, None] * D + d[None, :]
-    store_as(out, total - scale[:, None] * own, mask)
+    own_ptrs = own_ptr + image * own_stride_b + row[:, None] * own_stride_row
+    own = load_as(own_ptrs + d[None, :] * own_stride_d, mask, 0.0, DTYPE)
+    out = out_ptr + (image * ROWS + row0) * D + d0
+    store_as(out + rows[:, None] * D + lanes[None, :], total - scale[:, None] * own, mask)
 
 
-# 16-bit vectors go to the tensor cores; float32 to the ordinary units, with smaller blocks. The
-# matrix instructions of Hopper take no fewer than 64 patches; elsewhere fewer leave more registers.
+# By whether the vectors have 16 bits: those go to the tensor cores. float32 goes to the ordinary
+# units, with smaller blocks. Chosen by what the compilers say: as much of a multiprocessor's
+# registers and shared memory (99 KiB on sm_86 and sm_89) as there is without spilling. The matrix
+# instructions of Hopper and Blackwell take no fewer than 64 patches.
+_MASK_80 = Config({"BLOCK_N": 32, "BLOCK_D": 64}, num_warps=8, num_stages=3)
+_MASK_86 = Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=16)
+_PRODUCT = Config({"BLOCK_ROWS": 128, "BLOCK_INNER": 64, "BLOCK_D": 128}, num_warps=8, num_stages=3)
+_SMALL_PRODUCT = Config({"BLOCK_ROWS": 64, "BLOCK_INNER": 64, "BLOCK_D": 64}, num_stages=3)
+
 MASK = {
     True: Kernel(
         _mask_kernel,
         {
-            90: (Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8, num_stages=3),),
+            80: (_MASK_80, _MASK_86),
+            86: (_MASK_86, _MASK_80),
+            89: (_MASK_86, _MASK_80),
+            90: (
+                Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8, num_stages=4),
+                Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8),
+            ),
+            100: (Config({"BLOCK_N": 64, "BLOCK_D": 64}, num_warps=8, num_stages=3),),
             "default": (Config({"BLOCK_N": 32, "BLOCK_D": 64}, num_warps=8),),
         },
         matrix=True,
     ),
     False: Kernel(
-        _mask_kernel, {"default": (Config({"BLOCK_N": 16, "BLOCK_D": 16}, num_warps=8),)}
+        _mask_kernel,
+        {
+            "default": (
+                Config({"BLOCK_N": 32, "BLOCK_D": 16}, num_warps=8),
+                Config({"BLOCK_N": 16, "BLOCK_D": 16}, num_warps=8),
+            )
+        },
     ),
 }
 MASK_GRADIENT = Kernel(
     _mask_gradient_kernel,
-    {"default": (Config({"BLOCK_N": 16, "BLOCK_K": 64}), Config({"BLOCK_N": 8, "BLOCK_K": 64}))},
+    {
+        "default": (
+            Config({"BLOCK_N": 16, "BLOCK_K": 64}, num_warps=8),
+            Config({"BLOCK_N": 8, "BLOCK_K": 64}),
+        )
+    },
 )
 PRODUCT = {
     True: Kernel(
         _product_kernel,
-        {"default": (Config({"BLOCK_ROWS": 64, "BLOCK_INNER": 64, "BLOCK_D": 64}, num_stages=3),)},
+        {
+            **dict.fromkeys((80, 86, 89, 90, 100), (_PRODUCT, _SMALL_PRODUCT)),
+            "default": (_SMALL_PRODUCT,),
+        },
         matrix=True,
     ),
     False: Kernel(
         _product_kernel,
-        {"default": (Config({"BLOCK_ROWS": 32, "BLOCK_INNER": 16, "BLOCK_D": 32}),)},
+        {
+            "default": (
+                Config({"BLOCK_ROWS": 64, "BLOCK_INNER": 16, "BLOCK_D": 64}, num_warps=8),
+                Config({"BLOCK_ROWS": 32, "BLOCK_INNER": 16, "BLOCK_D": 32}),
+            )
+        },
     ),
 }
