@@ -77,7 +77,7 @@ WeightsOption = Annotated[
     ),
 ]
 BackendOption = Annotated[
-    Backend, typer.Option(help="'auto' takes the compiled kernels on a CPU and PyTorch on a GPU.")
+    Backend, typer.Option(help="'auto' takes C++ kernels on a CPU and Triton's on an NVIDIA GPU.")
 ]
 DeviceOption = Annotated[
     str,
