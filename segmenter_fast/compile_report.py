@@ -90,19 +90,26 @@ def find_jobs(
     Args:
         operations: from `_triton.operations()`.
         archs: compute capabilities.
-        dtypes: those of each operation unless given.
+        dtypes: to choose, where an operation has a choice; all of them unless given.
     """
     jobs: dict[str, Job] = {}
     for operation in operations:
-        for dtype in operation.dtypes:
-            if dtypes is not None and dtype not in dtypes:
-                continue
+        for dtype in _chosen_dtypes(operation, dtypes):
             inputs = operation.make_inputs(dtype, **operation.case)
             for arch in archs:
                 for backward, launch in _launches(operation, inputs, arch):
                     job = _job(operation, backward, dtype, arch, launch)
                     jobs.setdefault(repr(job), job)
     return list(jobs.values())
+
+
+def _chosen_dtypes(
+    operation: Operation, dtypes: Sequence[torch.dtype] | None
+) -> Iterable[torch.dtype]:
+    # An operation on labels alone has no dtype that a list of floating-point ones could name.
+    named = [dtype for dtype in operation.dtypes if dtypes is None or dtype in dtypes]
+    labels = not any(dtype.is_floating_point for dtype in operation.dtypes)
+    return operation.dtypes if labels and not named else named
 
 
 def _launches(
@@ -391,9 +398,7 @@ def find_floors(
     floors = []
     for operation in operations:
         name = operation.name.removesuffix("_triton")
-        for dtype in operation.dtypes:
-            if dtypes is not None and dtype not in dtypes:
-                continue
+        for dtype in _chosen_dtypes(operation, dtypes):
             inputs = operation.make_inputs(dtype, **operation.case)
             passes = [(name, operation.work), (f"{name} (backward)", operation.backward_work)]
             for title, work in passes:
@@ -511,7 +516,7 @@ def make_report(
     Args:
         names: parts of the operations' names; all of them unless given.
         archs: compute capabilities.
-        dtypes: those of each operation unless given.
+        dtypes: to choose, where an operation has a choice; all of them unless given.
         processes: how many compile at the same time.
         with_cuda: look at CUDA C++, too.
         operations: to look at instead of those of `_triton.operations()`.

@@ -52,6 +52,7 @@ def _operation(name, kernel, **constexprs):
         reference=run,
         case={"size": (128, 128)},
         checks=(),
+        toy={},
         work=lambda inputs: (2 * 128**3, 3 * 128**2 * inputs["x"].element_size()),
         matrix=kernel.matrix,
         dtypes=(torch.bfloat16,),
