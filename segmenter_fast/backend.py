@@ -7,6 +7,7 @@ chosen. `auto` looks at the device of the tensor in hand.
 """
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -63,3 +64,15 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
 
         check_kind(kind)
     return backend
+
+
+def matrix_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast takes a matrix product of `x`; its own where there is none.
+
+    A registered operator is opaque to autocast, so the function above it converts. float64 stays
+    what it is, as with PyTorch's own operators.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

@@ -3,6 +3,7 @@
 Importing the package registers the operators in Triton and in CUDA C++ beside those of the CPU.
 """
 
+from segmenter_fast.ops import attention_triton as attention_triton
 from segmenter_fast.ops import confusion_cuda as confusion_cuda
 from segmenter_fast.ops import confusion_triton as confusion_triton
 from segmenter_fast.ops import mask_product_triton as mask_product_triton

@@ -3,12 +3,14 @@
     P = softmax(Q K^T / sqrt(d))        Y = dropout(P) V
 
 with Q, K, V read from one (B, N, 3, heads, d) tensor, the view of the qkv projection's output.
+On a CPU PyTorch's fused attention takes it, on a GPU ops/attention_triton.py.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segmenter_fast.backend import resolve_backend
+from segmenter_fast.backend import matrix_dtype, resolve_backend
 
 
 def _check_packed(qkv: Tensor) -> None:
@@ -50,18 +52,29 @@ def attention(qkv: Tensor, dropout_p: float = 0.0, backend: str = "auto") -> Ten
         qkv: (B, N, 3, heads, d) floating point; any strides.
         dropout_p: probability of zeroing an attention weight; the caller passes 0 in evaluation.
         backend: see `segmenter_fast.backend`. `reference` writes the N x N weights out; `native`
-            is PyTorch's fused `scaled_dot_product_attention`.
+            is PyTorch's fused `scaled_dot_product_attention`; `triton` takes up to 256 channels.
 
     Returns:
-        (B, N, heads * d), dtype and device of `qkv`.
+        (B, N, heads * d), dtype and device of `qkv`, or autocast's dtype. Differentiable, once
+        with Triton.
 
     Raises:
-        ValueError: wrong rank.
+        ValueError: wrong rank, too many channels, or `dropout_p` outside [0, 1).
+        TypeError: a dtype that Triton's kernels do not take.
 
     Source: Strudel et al. 2021, section 3.1; official segm/model/blocks.py, Attention.
     """
     _check_packed(qkv)
-    resolve_backend(backend, qkv.device)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    chosen = resolve_backend(backend, qkv.device)
+    if chosen == "triton":
+        qkv = qkv.to(matrix_dtype(qkv))
+        with_gradient = torch.is_grad_enabled() and qkv.requires_grad
+        # Drawn on the device, so that nobody waits; without dropout nothing reads it.
+        seed = torch.randint(2**62, (int(dropout_p > 0),), device=qkv.device)
+        y, _ = torch.ops.segmenter_fast.attention_triton(qkv, seed, dropout_p, with_gradient)
+        return y
     # Only an explicit "reference" writes N x N weights out: what `auto` resolves to on a device
     # without kernels of ours is PyTorch's best, and that is the fused attention.
     if backend == "reference":

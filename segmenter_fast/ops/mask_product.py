@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segmenter_fast.backend import resolve_backend
+from segmenter_fast.backend import matrix_dtype, resolve_backend
 
 
 def mask_product_reference(
@@ -21,19 +21,6 @@ def mask_product_reference(
     classes = classes / classes.norm(dim=-1, keepdim=True)
     masks = patches @ classes.transpose(1, 2)
     return F.layer_norm(masks, (classes.shape[1],), weight, bias, eps)
-
-
-def _as_autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Patches, classes, weight and bias as CUDA's autocast hands them to PyTorch's operators.
-
-    A registered operator is opaque to autocast. Matrix products are on its list for 16 bits, layer
-    norm on that for float32; float64 stays what it is.
-    """
-    kind = inputs[0].device.type
-    if not torch.is_autocast_enabled(kind) or inputs[0].dtype == torch.float64:
-        return inputs
-    dtype = torch.get_autocast_dtype(kind)
-    return *(x.to(dtype) for x in inputs[:2]), *(x.float() for x in inputs[2:])
 
 
 def mask_product(
@@ -77,7 +64,11 @@ def mask_product(
             f"{tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     if resolve_backend(backend, patches.device) == "triton":
-        inputs = _as_autocast(patches, classes, weight, bias)
+        dtype = matrix_dtype(patches)
+        if torch.is_autocast_enabled(patches.device.type) and patches.dtype != torch.float64:
+            # CUDA's autocast has layer norm in float32.
+            weight, bias = weight.float(), bias.float()
+        inputs = (patches.to(dtype), classes.to(dtype), weight, bias)
         with_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         return torch.ops.segmenter_fast.mask_product_triton(*inputs, eps, with_gradient)[0]
     return mask_product_reference(patches, classes, weight, bias, eps)
