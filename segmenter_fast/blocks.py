@@ -2,36 +2,38 @@
 
 from torch import Tensor, nn
 
+from segmenter_fast.backend import resolve_backend
 from segmenter_fast.ops.attention import attention, attention_weights
-
-
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth: zero a sample's residual branch with probability `rate`, scale the others.
-
-    Args:
-        x: (B, ...) the residual branch.
-        rate: probability of dropping, in [0, 1).
-        training: identity when False.
-
-    Source: Huang et al. 2016; Strudel et al. 2021, section 4.2.
-    """
-    if rate == 0.0 or not training:
-        return x
-    keep = 1.0 - rate
-    mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-    return x * (mask / keep)
+from segmenter_fast.ops.layer_norm import layer_norm
+from segmenter_fast.ops.layer_norm_linear import layer_norm_linear
+from segmenter_fast.ops.linear_residual import linear_residual
+from segmenter_fast.ops.mlp import mlp
 
 
 class DropPath(nn.Module):
-    """`drop_path` as a module, so that `print(model)` shows the rate."""
+    """Stochastic depth: zero a sample's residual branch with some probability, scale the others.
+
+    Args:
+        drop_prob: probability of dropping, in [0, 1).
+
+    Source: Huang et al. 2016; Strudel et al. 2021, section 4.2.
+    """
 
     def __init__(self, drop_prob: float):
         super().__init__()
         self.drop_prob = float(drop_prob)
 
+    def factors(self, x: Tensor) -> Tensor | None:
+        """(B,) factors of the samples' branches; None outside training, when all are 1."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.drop_prob
+        return x.new_empty(x.shape[0]).bernoulli_(keep) / keep
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) to the same shape."""
-        return drop_path(x, self.drop_prob, self.training)
+        factors = self.factors(x)
+        return x if factors is None else x * factors.view(-1, *(1,) * (x.ndim - 1))
 
     def extra_repr(self) -> str:
         """The rate, for `print(model)`."""
@@ -95,8 +97,52 @@ class Block(nn.Module):
         """(B, N, D) to (B, N, D), or to the (B, heads, N, N) attention weights."""
         if return_attention:
             return self.attn.weights(self.norm1(x))
+        if resolve_backend(self.attn.backend, x.device) == "triton" and self._is_plain():
+            return self._fused(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _is_plain(self) -> bool:
+        """Whether the fused operations do what the modules would.
+
+        They do not where a layer was exchanged, as adapters do, or has hooks, or where a dropout
+        stands between two layers; the modules are called then, and attention alone is fused.
+        """
+        attn, mlp = self.attn, self.mlp
+        layers = (self.norm1, self.norm2, attn.qkv, attn.proj, mlp.fc1, mlp.fc2, mlp.act)
+        known = all(type(layer) in (nn.Linear, nn.LayerNorm, nn.GELU) for layer in layers)
+        hooked = any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+            for m in (*layers, attn, mlp, self.drop_path)
+        )
+        return known and not hooked and not (self.training and mlp.drop.p > 0)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        norm, attn, backend = self.norm1, self.attn, self.attn.backend
+        depth = self.drop_path if isinstance(self.drop_path, DropPath) else None
+        qkv = layer_norm_linear(
+            x, norm.weight, norm.bias, attn.qkv.weight, attn.qkv.bias, norm.eps, backend
+        )
+        y = attention(qkv.unflatten(-1, (3, attn.heads, -1)), backend=backend)
+        scale = depth.factors(x) if depth else None
+        x = linear_residual(y, attn.proj.weight, attn.proj.bias, x, scale, backend)
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        weights = (norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+        return mlp(x, *weights, norm.eps, depth.factors(x) if depth else None, backend)
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` of the last dimension by `backend`, which is set by the model."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim)
+        self.backend = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        if resolve_backend(self.backend, x.device) == "triton":
+            return layer_norm(x, self.weight, self.bias, self.eps, "triton")
+        return super().forward(x)
 
 
 def make_blocks(

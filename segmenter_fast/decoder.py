@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from segmenter_fast.blocks import attention_map, init_weights, make_blocks
+from segmenter_fast.blocks import LayerNorm, attention_map, init_weights, make_blocks
 from segmenter_fast.ops.mask_product import mask_product
 
 
@@ -72,7 +72,7 @@ class MaskTransformer(nn.Module):
         self.proj_dec = nn.Linear(d_encoder, d_model)
         self.proj_patch = nn.Parameter(self.scale * torch.randn(d_model, d_model))
         self.proj_classes = nn.Parameter(self.scale * torch.randn(d_model, d_model))
-        self.decoder_norm = nn.LayerNorm(d_model)
+        self.decoder_norm = LayerNorm(d_model)
         self.mask_norm = nn.LayerNorm(n_cls)
         self.apply(init_weights)
         nn.init.trunc_normal_(self.cls_emb, std=0.02)

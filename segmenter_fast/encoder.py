@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segmenter_fast.blocks import attention_map, init_weights, make_blocks
+from segmenter_fast.blocks import LayerNorm, attention_map, init_weights, make_blocks
 
 
 def resize_pos_embed(
@@ -101,7 +101,7 @@ class VisionTransformer(nn.Module):
             self.head_dist = nn.Linear(d_model, n_cls)
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, d_model))
         self.blocks = make_blocks(n_layers, d_model, n_heads, d_ff, dropout, drop_path_rate)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = LayerNorm(d_model)
         self.head = nn.Linear(d_model, n_cls)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

@@ -19,7 +19,10 @@ def pad_to_patch(images: Tensor, patch_size: int) -> Tensor:
 
     Source: official segm/model/utils.py, padding.
     """
-    bottom, right = -images.shape[2] % patch_size, -images.shape[3] % patch_size
+    # Not -side % patch_size, which torch.compile cannot trace for a side that varies.
+    bottom, right = (
+        (side + patch_size - 1) // patch_size * patch_size - side for side in images.shape[2:]
+    )
     return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
 
 

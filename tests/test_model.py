@@ -15,7 +15,7 @@ from segmenter_fast import (
     list_variants,
     reference,
 )
-from segmenter_fast.blocks import drop_path
+from segmenter_fast.blocks import DropPath
 from segmenter_fast.decoder import DecoderLinear, MaskTransformer
 from segmenter_fast.encoder import VisionTransformer
 from segmenter_fast.variants import VARIANTS, create_config
@@ -204,11 +204,11 @@ def test_dropout_in_attention_keeps_the_mean():
 def test_drop_path():
     x = torch.ones(4000, 3, 2)
     torch.manual_seed(0)
-    y = drop_path(x, 0.25, training=True)
+    y = DropPath(0.25)(x)
     per_sample = y.flatten(1)
     assert ((per_sample == 0).all(1) | (per_sample == 1 / 0.75).all(1)).all()
     assert abs(y.mean().item() - 1) < 0.05
-    assert drop_path(x, 0.25, training=False) is x
+    assert DropPath(0.25).eval()(x) is x
 
 
 def test_stochastic_depth_rises_linearly():
@@ -285,6 +285,17 @@ def test_compile_fullgraph(target):
     arguments = (images, torch.randint(0, 5, (1, 33, 47))) if target else (images,)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), model(*arguments))
+
+
+def test_compiled_for_sides_that_vary():
+    """From the second size on PyTorch traces sides as symbols, padding included."""
+    torch.compiler.reset()
+    model = tiny().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for size in ((32, 48), (48, 32), (33, 47), (50, 61)):
+            images = torch.randn(1, 3, *size)
+            torch.testing.assert_close(compiled(images), model(images))
 
 
 def test_distributed_data_parallel(tmp_path):

@@ -6,6 +6,10 @@
 Used by layer_norm_linear, linear_residual and mlp, whose modules have the mathematics. A program
 makes a block of the result. With a norm, it reads its rows once for their mean and deviation, and
 norms them again as the product goes along: a few rows fit into the caches.
+
+Loads are ordinary asynchronous copies. The tensor memory accelerator may do better on Hopper, where
+it frees threads of computing addresses; that is for a measurement to say, as it takes descriptors
+from the host or memory for them at each launch.
 """
 
 import math
