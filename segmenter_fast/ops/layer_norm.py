@@ -14,8 +14,7 @@ from segmenter_fast.backend import resolve_backend
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The definition, in plain PyTorch on any device."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def layer_norm(
@@ -27,7 +26,7 @@ def layer_norm(
         x: (..., D) floating point.
         weight, bias: (D,).
         eps: added to the variance, units of x squared.
-        backend: see `segmenter_fast.backend`.
+        backend: see `segmenter_fast.backend`; "native" is the plain PyTorch of "reference".
 
     Returns:
         (..., D), dtype of x; float32 under autocast. Differentiable, once with Triton.
@@ -44,8 +43,7 @@ def layer_norm(
             f"expected weight and bias ({width},), got {tuple(weight.shape)} and "
             f"{tuple(bias.shape)}"
         )
-    chosen = resolve_backend(backend, x.device)
-    if chosen == "triton":
+    if resolve_backend(backend, x.device) == "triton":
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.float()
         with_gradient = torch.is_grad_enabled() and any(
@@ -53,6 +51,4 @@ def layer_norm(
         )
         op = torch.ops.segmenter_fast.layer_norm_triton
         return op(x, weight, bias, eps, with_gradient)[0]
-    if backend == "reference":
-        return layer_norm_reference(x, weight, bias, eps)
-    return F.layer_norm(x, (width,), weight, bias, eps)
+    return layer_norm_reference(x, weight, bias, eps)

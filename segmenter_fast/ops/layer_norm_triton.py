@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from segmenter_fast.ops._layer_norm_triton import MOST_CHANNELS, normalise, normalise_gradient
@@ -121,10 +120,6 @@ def _run(**inputs: Any) -> Tensor:
     return torch.ops.segmenter_fast.layer_norm_triton(*inputs.values(), with_gradient)[0]
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
 def _work(inputs: Mapping[str, Any]) -> tuple[float, float]:
     # Sum, square, sum, and two for the result.
     return 5 * inputs["x"].numel(), 2 * inputs["x"].nbytes
@@ -145,5 +140,4 @@ OPERATION = Operation(
     work=_work,
     backward_work=_backward_work,
     gradient_of=("x", "weight", "bias"),
-    contestants={"F.layer_norm": _plain},
 )
