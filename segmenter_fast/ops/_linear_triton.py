@@ -45,21 +45,22 @@ _HALF_LOG2_E = tl.constexpr(0.5 * math.log2(math.e))
 def normal_cdf(x, EXACT: tl.constexpr):
     """Share of a normal distribution below x.
 
-    The polynomial is 1/2 + x P(x^2), fitted so that x times its error is least: 3.6e-5, below the
-    rounding of bfloat16. It takes nine additions and multiplications, the error function sixty.
+    The polynomial is 1/2 + x P(x^2), and 0 or 1 beyond 4.55. It was fitted by Lawson's iteration
+    with its end held there: its largest error is 7.4e-5, of GELU 4.6e-5, which bfloat16 rounds
+    away. It takes nine additions and multiplications, the error function sixty.
     """
     if EXACT:
         return 0.5 * (1.0 + tl.erf(x * tl.full([1, 1], _ROOT_HALF, x.dtype)))
-    t = tl.minimum(tl.maximum(x, -4.35), 4.35)
+    t = tl.minimum(tl.maximum(x, -4.55), 4.55)
     u = t * t
-    p = u * 3.872909284940995e-11 - 3.996055042421176e-09
-    p = p * u + 1.8206816321253427e-07
-    p = p * u - 4.865618393523619e-06
-    p = p * u + 8.572238584747538e-05
-    p = p * u - 0.0010633810888975859
-    p = p * u + 0.00966999027878046
-    p = p * u - 0.06611782312393188
-    p = p * u + 0.39878299832344055
+    p = u * 2.7619696460479126e-11 - 3.0803177786253855e-09
+    p = p * u + 1.508224585222706e-07
+    p = p * u - 4.2954898162861355e-06
+    p = p * u + 7.972650928422809e-05
+    p = p * u - 0.001026919111609459
+    p = p * u + 0.009548480622470379
+    p = p * u - 0.06592428684234619
+    p = p * u + 0.3986791968345642
     return tl.minimum(tl.maximum(p * t + 0.5, 0.0), 1.0)
 
 
