@@ -117,7 +117,7 @@ def test_gelu_in_bfloat16_is_a_polynomial_within_rounding():
     exact = z.double().requires_grad_()
     expected = F.gelu(exact)
     slope = torch.autograd.grad(expected.sum(), exact)[0]
-    half_an_ulp = 2.0**-8 / 2
+    half_an_ulp = torch.finfo(z.dtype).eps / 2
     h, derivative = gelu_of(z)
     assert ((h - expected).abs() <= half_an_ulp * expected.abs() + 5e-5).all()
     assert ((derivative - slope).abs() <= half_an_ulp * slope.abs() + 1e-4).all()
