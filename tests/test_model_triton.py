@@ -13,6 +13,7 @@ from triton_cases import DEVICE, on_device
 
 from segmenter_fast import SegmenterModel, predict
 from segmenter_fast.backend import BackendError
+from segmenter_fast.blocks import Block, DropPath
 from segmenter_fast.ops import _triton
 
 pytestmark = on_device
@@ -133,6 +134,104 @@ def test_autocast_trains_in_bfloat16():
     assert all(gradient.dtype == torch.float32 for gradient in gradients(model).values())
 
 
+def test_loss_curve_of_twenty_steps():
+    """Training with Triton is training with PyTorch; stochastic depth draws the same numbers."""
+    curves = []
+    for backend in ("triton", "reference"):
+        model, image, target = tiny()
+        # Two images of two patches each, one class on the left and another on the right.
+        image, target = image[..., :8, :].repeat(2, 1, 1, 1), target[:, :8].repeat(2, 1, 1)
+        target[:, 3:, :8], target[:, 3:, 8:] = 0, 1
+        model.backend = backend
+        model.train()
+        for block in model.encoder.blocks:
+            block.drop_path = DropPath(0.25)
+        torch.manual_seed(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        losses = []
+        for _ in range(20):
+            loss = model(image, target)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < 0.7 * curves[0][0], "it learns"
+    assert curves[0] == pytest.approx(curves[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_16_bit_model_is_as_exact_as_pytorch(dtype):
+    model, image, _ = tiny()
+    with torch.inference_mode():
+        exact = model.double().cpu()
+        exact.backend = "reference"
+        expected = exact.patch_logits(image.double().cpu()).logits()
+        model, _, _ = tiny()
+        model, image = model.to(dtype), image.to(dtype)
+        errors = []
+        for backend in ("triton", "reference"):
+            model.backend = backend
+            logits = model.patch_logits(image).logits().cpu()
+            errors.append((logits - expected).abs().max().item())
+    assert errors[0] <= 3 * errors[1] + 2 * torch.finfo(dtype).eps * expected.abs().max().item()
+
+
+# ------------------------------------------------------------------------------------- blocks
+OPERATORS = ("layer_norm_linear", "attention", "linear_residual", "mlp", "layer_norm")
+
+
+def operators_of(block, x):
+    """Names of our operators that a block calls."""
+    with torch.profiler.profile() as profile:
+        block(x)
+    called = {event.key for event in profile.key_averages()}
+    return {name for name in OPERATORS if f"segmenter_fast::{name}_triton" in called}
+
+
+def make_block(**options):
+    options = {"dropout": 0.0, "drop_path": 0.0, **options}
+    block = Block(16, 2, 32, **options).to(DEVICE)
+    block.attn.backend = "triton"
+    return block, torch.randn(2, 5, 16, device=DEVICE)
+
+
+def test_a_block_is_four_operators():
+    for mode in (True, False):
+        block, x = make_block(dropout=0.1 * (not mode), drop_path=0.1)
+        block.train(mode)
+        assert operators_of(block, x) == {
+            "layer_norm_linear",
+            "attention",
+            "linear_residual",
+            "mlp",
+        }
+
+
+class Adapter(torch.nn.Linear):
+    """Stands for what adapters put in place of a layer."""
+
+
+@pytest.mark.parametrize("change", ["dropout", "layer", "activation", "hook"])
+def test_a_changed_block_runs_its_modules(change):
+    """Whatever the fused operations would not do: dropout, other layers, hooks."""
+    block, x = make_block(dropout=0.5 if change == "dropout" else 0.0)
+    calls = []
+    if change == "layer":
+        block.mlp.fc2 = Adapter(32, 16).to(DEVICE)
+    elif change == "activation":
+        block.mlp.act = torch.nn.ReLU()
+    elif change == "hook":
+        block.attn.proj.register_forward_hook(lambda *_: calls.append(1))
+    assert operators_of(block, x) == {"attention"}
+    assert calls == [1] * (change == "hook")
+    torch.manual_seed(0)
+    y = block(x)
+    if change != "dropout":
+        block.attn.backend = "reference"
+        torch.testing.assert_close(y, block(x))
+
+
 def test_compile_fullgraph():
     model, image, target = tiny()
     expected = expected_gradients(model, image, target)
@@ -210,6 +309,7 @@ def test_no_operation_asks_the_host_to_wait(monkeypatch):
         model(image, target.to("cpu"), label_smoothing=0.1).backward()
     launched = {launch.kernel.name for launch in recorder.launches}
     assert {"labels", "fill", "loss", "ratio", "corners", "gather"} <= launched
+    assert {"attention", "attention_of_queries", "attention_of_keys", "layer_norm"} <= launched
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="needs a tensor that kernels cannot run on")
