@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segmenter_fast.blocks import LayerNorm, attention_map, init_weights, make_blocks
+from segmenter_fast.ops.patch_embed import patch_embed
 
 
 def resize_pos_embed(
@@ -35,7 +36,10 @@ def resize_pos_embed(
 
 
 class PatchEmbedding(nn.Module):
-    """Non-overlapping patches, linearly projected: a convolution whose stride is its kernel."""
+    """Non-overlapping patches, linearly projected: a convolution whose stride is its kernel.
+
+    The encoder reads its parameters, and makes all tokens at once.
+    """
 
     def __init__(self, image_size: tuple[int, int], patch_size: int, embed_dim: int, channels: int):
         super().__init__()
@@ -93,6 +97,7 @@ class VisionTransformer(nn.Module):
         self.n_cls = n_cls
         self.distilled = bool(distilled)
         self.dropout = nn.Dropout(dropout)
+        self.backend = "auto"
 
         num_tokens = self.num_extra_tokens + self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
@@ -122,24 +127,27 @@ class VisionTransformer(nn.Module):
 
     def _tokens(self, im: Tensor) -> Tensor:
         """Patch and extra tokens with their position embeddings, (B, extra + N, D)."""
-        batch, _, height, width = im.shape
-        x = self.patch_embed(im)
-        extra = [self.cls_token.expand(batch, -1, -1)]
+        height, width = im.shape[2:]
+        grid = (-(-height // self.patch_size), -(-width // self.patch_size))
+        tokens = self.cls_token
         if self.distilled:
-            extra.append(self.dist_token.expand(batch, -1, -1))
-        x = torch.cat((*extra, x), dim=1)
+            tokens = torch.cat((tokens, self.dist_token), dim=1)
         pos_embed = self.pos_embed
         # The official code compares the number of tokens, not the shape of the grid: a 4 x 16 grid
         # takes the embeddings of an 8 x 8 grid unresampled. The released numbers depend on it.
-        if x.shape[1] != pos_embed.shape[1]:
-            grid = (height // self.patch_size, width // self.patch_size)
+        if self.num_extra_tokens + grid[0] * grid[1] != pos_embed.shape[1]:
             pos_embed = resize_pos_embed(
                 pos_embed, self.patch_embed.grid_size, grid, self.num_extra_tokens
             )
-        return self.dropout(x + pos_embed)
+        proj = self.patch_embed.proj
+        x = patch_embed(im, proj.weight, proj.bias, pos_embed, tokens, backend=self.backend)
+        return self.dropout(x)
 
     def forward(self, im: Tensor, return_features: bool = False) -> Tensor:
-        """(B, C, H, W) of whole patches to (B, extra + N, D), or to class logits (B, n_cls)."""
+        """(B, C, H, W) to (B, extra + N, D), or to class logits (B, n_cls).
+
+        Where H and W are no multiples of the patch, zeros fill the last patches.
+        """
         x = self._tokens(im)
         for block in self.blocks:
             x = block(x)

@@ -75,10 +75,11 @@ def test_every_configuration_is_checked(modules):
 
 @each_operation
 def test_declared_work(operation):
-    """What floors stand on: more for more classes, and no gradient for nothing."""
+    """What floors stand on: more for more classes or tokens, and no gradient for nothing."""
     inputs = operation.make_inputs(operation.dtypes[0], **operation.toy)
+    size = "n_cls" if "n_cls" in operation.toy else "height"
     more = operation.make_inputs(
-        operation.dtypes[0], **{**operation.toy, "n_cls": 2 * operation.toy["n_cls"]}
+        operation.dtypes[0], **{**operation.toy, size: 2 * operation.toy[size]}
     )
     assert all(isinstance(number, (int, float)) for number in operation.work(inputs))
     assert operation.work(inputs)[1] > 0

@@ -11,6 +11,7 @@ from segmenter_fast.ops import layer_norm_triton as layer_norm_triton
 from segmenter_fast.ops import linear_residual_triton as linear_residual_triton
 from segmenter_fast.ops import mask_product_triton as mask_product_triton
 from segmenter_fast.ops import mlp_triton as mlp_triton
+from segmenter_fast.ops import patch_embed_triton as patch_embed_triton
 from segmenter_fast.ops import upsample_argmax_cuda as upsample_argmax_cuda
 from segmenter_fast.ops import upsample_argmax_triton as upsample_argmax_triton
 from segmenter_fast.ops import upsample_cross_entropy_triton as upsample_cross_entropy_triton

@@ -3,10 +3,10 @@
 Interpreter. With TRITON_INTERPRET=1 kernels run on CPU tensors, in NumPy. The variable is read when
 a kernel is decorated, that is, at import. The interpreter is silently wrong for bfloat16 arithmetic
 and for float32 -> bfloat16, which it truncates instead of rounding; subnormal numbers come out
-wrong in both directions. Kernels therefore convert as they load (`load_as`), store through
-`store_as` and multiply through `dot`. It knows no libdevice and no inline assembly, so no kernel
-uses either. tests/test_triton.py states these facts, and fails when a version of Triton changes
-them.
+wrong in both directions. Kernels therefore convert as they load (`load_as`), round through
+`round_as`, store through `store_as` and multiply through `dot`. It knows no libdevice and no inline
+assembly, so no kernel uses either. tests/test_triton.py states these facts, and fails when a
+version of Triton changes them.
 
 Configurations. A kernel has a table of `Config`s by architecture, the preferred one first. What was
 compiled but never run on such a chip has `verified=False`; an architecture that a table does not
@@ -94,16 +94,22 @@ def load_as(pointer, mask, other, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def store_as(pointer, value, mask):
-    """`tl.store`, rounded to the pointer's type, to nearest even in the interpreter too."""
+def round_as(value, DTYPE: tl.constexpr):
+    """`value.to(DTYPE)`, to nearest even in the interpreter too."""
     if _INTERPRETED:
-        if pointer.dtype.element_ty == tl.bfloat16:
+        if DTYPE == tl.bfloat16:
             # The upper 16 bits of the float32, rounded by hand; a NaN must stay one.
             bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
             rounded = bits + 0x7FFF + ((bits >> 16) & 1)
             bits = tl.where(value == value, rounded, bits | 0x400000)
             value = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def store_as(pointer, value, mask):
+    """`tl.store`, rounded to the pointer's type."""
+    tl.store(pointer, round_as(value, pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
