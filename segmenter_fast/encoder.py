@@ -73,6 +73,9 @@ class VisionTransformer(nn.Module):
     Source: Strudel et al. 2021, section 3.1; official segm/model/vit.py, VisionTransformer.
     """
 
+    fills_patches = True
+    """Takes images of any size: the last patches are filled up with zeros as they are read."""
+
     def __init__(
         self,
         image_size: tuple[int, int],
@@ -144,10 +147,7 @@ class VisionTransformer(nn.Module):
         return self.dropout(x)
 
     def forward(self, im: Tensor, return_features: bool = False) -> Tensor:
-        """(B, C, H, W) to (B, extra + N, D), or to class logits (B, n_cls).
-
-        Where H and W are no multiples of the patch, zeros fill the last patches.
-        """
+        """(B, C, H, W) of any size to (B, extra + N, D), or to class logits (B, n_cls)."""
         x = self._tokens(im)
         for block in self.blocks:
             x = block(x)

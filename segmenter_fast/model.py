@@ -31,7 +31,8 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
 
     Args:
         encoder: maps (B, 3, H, W) to (B, extra + N, D) when called with `return_features=True`; has
-            `patch_size` and `distilled`, as `VisionTransformer`.
+            `patch_size` and `distilled`, as `VisionTransformer`. It gets images of whole patches,
+            unless it has a true `fills_patches`.
         decoder: maps (B, N, D) and (H, W) to (B, K, H / patch, W / patch), as `MaskTransformer`.
         n_cls: number of classes K.
         config: what `save_pretrained` writes; None reads it off the two modules.
@@ -115,9 +116,10 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         self._check_images(images)
         resolve_backend(self.backend, images.device)
         height, width = images.shape[2:]
-        padded = pad_to_patch(images, self.patch_size)
-        size = tuple(padded.shape[2:])
-        logits = self.decoder(self._features(padded), size)
+        size = (height + -height % self.patch_size, width + -width % self.patch_size)
+        if not getattr(self.encoder, "fills_patches", False):
+            images = pad_to_patch(images, self.patch_size)
+        logits = self.decoder(self._features(images), size)
         return PatchLogits(logits, size, crop=(0, 0, height, width), backend=self.backend)
 
     def forward(self, images: Tensor, target: Tensor | None = None, **loss_options) -> Tensor:

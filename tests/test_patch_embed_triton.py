@@ -269,11 +269,12 @@ def test_strided_inputs(layout):
             assert_close(f"result {i}", x, expected[i], expected[i].double())
 
 
-def test_offsets_beyond_32_bits():
-    """The last of three pictures a GiB apart; memory that is not touched is not there."""
+@pytest.mark.parametrize("strides", [(1 << 30, 16, 4, 1), (36, 12, 3, 1 << 30)])
+def test_offsets_beyond_32_bits(strides):
+    """Pictures, or columns, a GiB apart; memory that is not touched is not there."""
     images = pictures(3, 4, 4)
-    memory = torch.empty((1 << 31) + 48, dtype=torch.uint8)
-    apart = memory.as_strided(images.shape, (1 << 30, 16, 4, 1)).copy_(images)
+    memory = torch.empty((3 << 30) + 108, dtype=torch.uint8)
+    apart = memory.as_strided(images.shape, strides).copy_(images)
     inputs = make_inputs(3, 4, 4)(torch.float32)
     found = [results(kernels, inputs | {"images": x}) for x in (apart, images)]
     for one, other in zip(*found, strict=True):

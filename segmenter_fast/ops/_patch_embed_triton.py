@@ -2,17 +2,21 @@
 
 Notation and mathematics: ops/patch_embed_triton.py. The three kernels:
 
-    embed            a program per block of the result: z, extra tokens among the rows
+    embed            a program per block of patches and of z's columns; extra tokens shared out
     weight_gradient  a program per block of the weight and part of the patches: its share of dW
     image_gradient   a program per block of patches and of their pixels: dV, put where V came from
 
 V is never in memory: its columns k are channel, row and column in a patch, or row, column and
 channel where the channels of a pixel lie side by side, so that neighbouring columns are neighbours
 in the image and are read together. Pixels that are of the operands' type go into the product as
-they were loaded; others are converted and normalised on the way, in registers.
+they were loaded; others are converted and normalised on the way, in registers. Offsets inside an
+image have 32 bits, which take half the registers; those of images have 64.
 """
 
+from dataclasses import replace
+
 from segmenter_fast.ops._triton import (
+    ARCHITECTURES,
     Config,
     Kernel,
     dot,
@@ -33,31 +37,31 @@ def column(
         # The offset is not put together from column and channel, so that the compiler sees that
         # neighbours are neighbours.
         row, within = k // (P * C), k % (P * C)
-        return within % C, row, within // C, row.to(tl.int64) * stride_h + within
+        return within % C, row, within // C, row * stride_h + within
     channel, row, col = k // (P * P), k // P % P, k % P
-    offset = channel.to(tl.int64) * stride_c + row.to(tl.int64) * stride_h
-    return channel, row, col, offset + col.to(tl.int64) * stride_w
+    return channel, row, col, channel * stride_c + row * stride_h + col * stride_w
 
 
 @triton.jit
 def corner(token, stride_h, stride_w, columns, P: tl.constexpr):
     """Row and column of a patch's first pixel, and its offset in the image."""
     y, x = token // columns * P, token % columns * P
-    return y, x, y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+    return y, x, y * stride_h + x * stride_w
 
 
 @triton.jit
 def patches(
-    image_ptrs, affine_ptr, sizes_ptr, image, y0, x0, exists, k, stride_c, stride_h, stride_w, H, W,
+    images_ptr, affine_ptr, sizes_ptr, image, y0, x0, at, exists, k,
+    stride_c, stride_h, stride_w, H, W,
     DTYPE: tl.constexpr, OPERAND: tl.constexpr, C: tl.constexpr, P: tl.constexpr,
     LAST: tl.constexpr, AFFINE: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
-    """Columns k of V for patches whose first pixels are at `image_ptrs`, 0 where none `exists`."""
+    """Columns k of V for patches whose first pixels are at offset `at`, 0 where none `exists`."""
     channel, row, col, offset = column(k, stride_c, stride_h, stride_w, C, P, LAST)
     y, x = y0[:, None] + row[None, :], x0[:, None] + col[None, :]
     inside = exists[:, None] & (k < C * P * P)[None, :] & (y < H) & (x < W)
-    pointers = image_ptrs[:, None] + offset[None, :]
-    if not (AFFINE or SIZES or image_ptrs.dtype.element_ty != OPERAND):
+    pointers = images_ptr + (at[:, None] + offset[None, :])
+    if not (AFFINE or SIZES or images_ptr.dtype.element_ty != OPERAND):
         return tl.load(pointers, mask=inside, other=0.0)
     v = load_as(pointers, inside, 0, DTYPE)
     if AFFINE:
@@ -88,8 +92,8 @@ def _embed_kernel(
     stride_c,
     stride_h,
     stride_w,
-    ROWS,  # B (E + N)
-    T,  # E + N
+    B,
+    N,
     D,
     H,
     W,
@@ -108,33 +112,37 @@ def _embed_kernel(
 ):
     # Programs that follow each other share patches, which one of them brings into the cache.
     n, d = tl.arange(0, BLOCK_N), tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    row0 = tl.program_id(0) // blocks * BLOCK_N
-    # An extra token is a row like others, with no pixels.
-    image, token = (row0 + n) // T, (row0 + n) % T
-    exists = (row0 + n < ROWS) & (token >= EXTRA)
-    y0, x0, offset = corner(token - EXTRA, stride_h, stride_w, columns, P)
-    image_ptrs = images_ptr + image.to(tl.int64) * stride_b + offset
+    patch = tl.program_id(0) // blocks * BLOCK_N + n
+    image, token = patch // N, patch % N
+    exists = patch < B * N
+    y0, x0, offset = corner(token, stride_h, stride_w, columns, P)
+    image_ptrs = (images_ptr + image.to(tl.int64) * stride_b)[:, None]
     total = tl.zeros([BLOCK_N, BLOCK_D], DTYPE)
     lanes = tl.arange(0, BLOCK_K)
     weight_ptrs = weight_ptr + d[:, None] * (C * P * P) + lanes[None, :]
     for start in range(0, C * P * P, BLOCK_K):
         k = start + lanes
         v = patches(
-            image_ptrs, affine_ptr, sizes_ptr, image, y0, x0, exists, k,
+            image_ptrs, affine_ptr, sizes_ptr, image, y0, x0, offset, exists, k,
             stride_c, stride_h, stride_w, H, W,
             DTYPE, weight_ptr.dtype.element_ty, C, P, LAST, AFFINE, SIZES,
         )  # fmt: skip
         mask = (d < D)[:, None] & (k < C * P * P)[None, :]
         w = tl.load(weight_ptrs + start, mask=mask, other=0.0)
         total = dot(v, tl.trans(w), total)
-    mask = (row0 + n < ROWS)[:, None] & (d < D)[None, :]
+    mask = exists[:, None] & (d < D)[None, :]
+    at = (token[:, None] + EXTRA) * D + d[None, :]
     total += load_as(bias_ptr + d, d < D, 0.0, DTYPE)[None, :]
-    at = token[:, None] * D + d[None, :]
-    if EXTRA:
-        first = (token < EXTRA)[:, None]
-        total = tl.where(first, load_as(tokens_ptr + at, mask & first, 0.0, DTYPE), total)
     total += load_as(pos_ptr + at, mask, 0.0, DTYPE)
-    store_as(out_ptr + row0.to(tl.int64) * D + n[:, None] * D + d[None, :], total, mask)
+    out_ptrs = out_ptr + image.to(tl.int64)[:, None] * ((EXTRA + N) * D)
+    store_as(out_ptrs + at, total, mask)
+    # Extra tokens, which have no pixels, are shared out.
+    for row in range(tl.program_id(0) // blocks, B * EXTRA, tl.num_programs(0) // blocks):
+        own = row % EXTRA * D + d
+        z = load_as(tokens_ptr + own, d < D, 0.0, DTYPE)
+        z += load_as(pos_ptr + own, d < D, 0.0, DTYPE)
+        image = tl.cast(row // EXTRA, tl.int64)
+        store_as(out_ptr + image * ((EXTRA + N) * D) + own, z, d < D)
 
 
 @triton.jit
@@ -177,18 +185,18 @@ def _weight_gradient_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         exists = n < N
         y0, x0, offset = corner(n, stride_h, stride_w, columns, P)
-        image_ptrs = images_ptr + offset
+        image_ptr = images_ptr
         upstream_ptrs = upstream_ptr + (EXTRA + n)[:, None] * D + d[None, :]
         mask = exists[:, None] & (d < D)[None, :]
         for b in range(B):
             v = patches(
-                image_ptrs, affine_ptr, sizes_ptr, tl.full([BLOCK_N], 0, tl.int32) + b,
-                y0, x0, exists, k, stride_c, stride_h, stride_w, H, W,
+                image_ptr, affine_ptr, sizes_ptr, tl.full([BLOCK_N], 0, tl.int32) + b,
+                y0, x0, offset, exists, k, stride_c, stride_h, stride_w, H, W,
                 DTYPE, upstream_ptr.dtype.element_ty, C, P, LAST, AFFINE, SIZES,
             )  # fmt: skip
             u = tl.load(upstream_ptrs, mask=mask, other=0.0)
             total = dot(tl.trans(u), v, total)
-            image_ptrs += stride_b
+            image_ptr += stride_b
             upstream_ptrs += (EXTRA + N) * D
     at = (part * D + d).to(tl.int64)[:, None] * (C * P * P) + k[None, :]
     tl.store(sums_ptr + at, total, mask=(d < D)[:, None] & (k < C * P * P)[None, :])
@@ -248,45 +256,49 @@ def _image_gradient_kernel(
         right = tl.load(sizes_ptr + 2 * image + 1, mask=exists, other=0)
         total = tl.where((y < bottom[:, None]) & (x < right[:, None]), total, 0.0)
     mask = exists[:, None] & kept[None, :] & (y < H) & (x < W)
-    out = out_ptr + (image.to(tl.int64) * stride_b + corner_offset)[:, None] + offset[None, :]
-    store_as(out, total, mask)
+    out = (out_ptr + image.to(tl.int64) * stride_b)[:, None]
+    store_as(out + (corner_offset[:, None] + offset[None, :]), total, mask)
 
 
 # By whether the operands have 16 bits: those go to the tensor cores. float32 goes to the ordinary
 # units, with smaller blocks. Chosen by what the compilers say: as much of a multiprocessor's
-# registers and shared memory (99 KiB on sm_86 and sm_89) as there is without spilling.
-_LARGE = {"BLOCK_N": 128, "BLOCK_D": 128, "BLOCK_K": 64}
-_SMALL = {"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_K": 64}
-_LARGE_PATCHES = Config(_LARGE, num_warps=8, num_stages=3)
-_SMALL_BLOCKS = Config(_SMALL, num_stages=3)
-_TENSOR_CORES = {
-    **dict.fromkeys((80, 86, 89, 90, 100), (_LARGE_PATCHES, _SMALL_BLOCKS)),
-    "default": (_SMALL_BLOCKS,),
-}
+# registers and shared memory (99 KiB on sm_86 and sm_89) as there is without spilling, and two
+# programs on a multiprocessor where 128 registers do. Pixels that are computed take more of them.
+_EMBED = Config({"BLOCK_N": 128, "BLOCK_D": 128, "BLOCK_K": 64}, num_warps=8, num_stages=3)
+_EMBED_90 = replace(_EMBED, maxnreg=128)
 _WEIGHT = Config({"BLOCK_N": 64, "BLOCK_D": 128, "BLOCK_K": 128}, num_warps=8, num_stages=3)
+_WEIGHT_COMPUTED = replace(_WEIGHT, blocks={"BLOCK_N": 32, "BLOCK_D": 128, "BLOCK_K": 128})
 _IMAGE = Config({"BLOCK_N": 128, "BLOCK_D": 64, "BLOCK_K": 128}, num_warps=8, num_stages=3)
-_FLOAT = {
-    "default": (
-        Config({"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_K": 16}, num_warps=8),
-        Config({"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16}),
-    )
-}
+_SMALL = Config({"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_K": 64}, num_stages=3)
+_SMALL_COMPUTED = Config({"BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_K": 64}, num_stages=3)
+
+
+def _table(preferred: Config, small: Config) -> dict[int | str, tuple[Config, ...]]:
+    return {**dict.fromkeys(ARCHITECTURES, (preferred, small)), "default": (small,)}
+
 
 EMBED = {
-    "loaded": Kernel(_embed_kernel, _TENSOR_CORES, matrix=True),
-    "computed": Kernel(_embed_kernel, _TENSOR_CORES, matrix=True, register_operands=True),
-    "wide": Kernel(_embed_kernel, _FLOAT),
-}
-WEIGHT_GRADIENT = {
-    True: Kernel(
-        _weight_gradient_kernel,
-        {
-            **dict.fromkeys((80, 86, 89, 90, 100), (_WEIGHT, _SMALL_BLOCKS)),
-            "default": (_SMALL_BLOCKS,),
-        },
-        matrix=True,
+    "loaded": Kernel(
+        _embed_kernel, {**_table(_EMBED, _SMALL), 90: (_EMBED_90, _EMBED, _SMALL)}, matrix=True
     ),
-    False: Kernel(
+    "computed": Kernel(_embed_kernel, _table(_EMBED, _SMALL), matrix=True, register_operands=True),
+    "wide": Kernel(
+        _embed_kernel,
+        {
+            "default": (
+                Config({"BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_K": 16}, num_warps=8),
+                Config({"BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_K": 16}),
+            )
+        },
+    ),
+}
+# The pixels are the product's right side here, which goes through shared memory in any case.
+WEIGHT_GRADIENT = {
+    "loaded": Kernel(_weight_gradient_kernel, _table(_WEIGHT, _SMALL), matrix=True),
+    "computed": Kernel(
+        _weight_gradient_kernel, _table(_WEIGHT_COMPUTED, _SMALL_COMPUTED), matrix=True
+    ),
+    "wide": Kernel(
         _weight_gradient_kernel,
         {
             "default": (
@@ -297,14 +309,7 @@ WEIGHT_GRADIENT = {
     ),
 }
 IMAGE_GRADIENT = {
-    True: Kernel(
-        _image_gradient_kernel,
-        {
-            **dict.fromkeys((80, 86, 89, 90, 100), (_IMAGE, _SMALL_BLOCKS)),
-            "default": (_SMALL_BLOCKS,),
-        },
-        matrix=True,
-    ),
+    True: Kernel(_image_gradient_kernel, _table(_IMAGE, _SMALL), matrix=True),
     False: Kernel(
         _image_gradient_kernel,
         {

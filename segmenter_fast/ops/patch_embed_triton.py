@@ -7,8 +7,7 @@ With V the matrix of all patches, a row of C P^2 normalised pixels each, and a p
     z_{E+n} = W v_n + b + q_{E+n}
 
 V is never in memory: the kernels read the image where V is asked for, whatever its strides are and
-whether or not whole patches fill it. All rows of z are alike to the kernel but for where they start
-from, pixels and b or t_e. Backward, from the upstream gradient u of z,
+whether or not whole patches fill it. Backward, from the upstream gradient u of z,
 
     dq = sum_B u      dt = dq_e, e < E      db = sum_n dq_{E+n}      dW = u^T V      dX = s_c (u W)
 
@@ -49,6 +48,13 @@ def _affine(
     return torch.tensor(rows, dtype=like, device=device)
 
 
+def _with_short_offsets(images: Tensor) -> Tensor:
+    """The images; a copy if offsets inside one of them exceed 32 bits, as where B is innermost."""
+    sides = zip(images.shape[1:], images.stride()[1:], strict=True)
+    far = sum((size - 1) * stride for size, stride in sides) >= 1 << 31
+    return images.contiguous() if far else images
+
+
 class _Problem:
     """What all kernels are told of the images.
 
@@ -78,7 +84,11 @@ class _Problem:
         self.order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
         affine = dtype == torch.uint8 or mean is not None or std is not None
         like = upcast(weight.new_empty(0)).dtype
-        self.computed = affine or sizes is not None or dtype != weight.dtype
+        # How pixels become operands of the tensor cores, if they do.
+        computed = affine or sizes is not None or dtype != weight.dtype
+        self.kind = "computed" if computed else "loaded"
+        if weight.dtype not in (torch.float16, torch.bfloat16):
+            self.kind = "wide"
         # Without one the kernels are handed the images, and leave them alone.
         self.affine = self.sizes = images
         if affine:
@@ -106,10 +116,6 @@ class _Problem:
         return matrix.view(inner).permute([self.order.index(dim) for dim in range(4)]).contiguous()
 
 
-def _is_16_bit(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)
-
-
 # --------------------------------------------------------------------------- operators
 @torch.library.custom_op(
     "segmenter_fast::patch_embed_triton", mutates_args=(), device_types=("cpu", "cuda")
@@ -126,22 +132,20 @@ def _patch_embed_op(
 ) -> Tensor:
     """The tokens z; pixels and weight are multiplied in the weight's dtype."""
     _check(images, weight)
+    images = _with_short_offsets(images)
     problem = _Problem(images, weight, mean, std, sizes, images.dtype)
     out = _empty(images, weight, pos_embed, tokens)
-    kernel = EMBED["wide"]
-    if _is_16_bit(weight):
-        kernel = EMBED["computed" if problem.computed else "loaded"]
+    kernel = EMBED[problem.kind]
     config = kernel.config(images)
-    rows, extra = out.shape[0] * out.shape[1], tokens.shape[1]
     blocks = -(-problem.d // config["BLOCK_D"])
     launch(
         kernel,
-        (-(-rows // config["BLOCK_N"]) * blocks,),
+        (-(-problem.batch * problem.n // config["BLOCK_N"]) * blocks,),
         config,
         *(images, problem.matrix(weight), bias.contiguous(), pos_embed.contiguous()),
         *(tokens.contiguous(), problem.affine, problem.sizes, out, *images.stride()),
-        *(rows, out.shape[1], problem.d, *images.shape[2:], problem.columns, blocks),
-        EXTRA=extra,
+        *(problem.batch, problem.n, problem.d, *images.shape[2:], problem.columns, blocks),
+        EXTRA=tokens.shape[1],
         **problem.options,
     )
     return out
@@ -173,6 +177,8 @@ def _check(images: Tensor, weight: Tensor) -> None:
             "images must be uint8, float16, bfloat16, float32 or float64 and weight one of the "
             f"last four, got {images.dtype} and {weight.dtype}"
         )
+    if images.shape[1:].numel() >= 1 << 31:
+        raise ValueError(f"an image must have fewer than 2^31 values, got {tuple(images.shape)}")
 
 
 @torch.library.custom_op(
@@ -193,6 +199,7 @@ def _patch_embed_backward_op(
     """Gradients of images and weight, empty where they are not asked for."""
     # As the product's operand it comes from memory in the weight's dtype, not from registers.
     upstream = upstream.to(weight.dtype).contiguous()
+    images = _with_short_offsets(images)
     options = (weight, mean, std, sizes, images.dtype)
     by_images, by_weight = images.new_empty(0), weight.new_empty(0)
     if of_weight:
@@ -204,7 +211,7 @@ def _patch_embed_backward_op(
 
 
 def _weight_gradient(upstream: Tensor, images: Tensor, weight: Tensor, problem: _Problem) -> Tensor:
-    kernel = WEIGHT_GRADIENT[_is_16_bit(weight)]
+    kernel = WEIGHT_GRADIENT[problem.kind]
     config = kernel.config(images)
     d_blocks, k_blocks = -(-problem.d // config["BLOCK_D"]), -(-problem.k // config["BLOCK_K"])
     token_blocks = -(-problem.n // config["BLOCK_N"])
@@ -225,7 +232,7 @@ def _weight_gradient(upstream: Tensor, images: Tensor, weight: Tensor, problem: 
 
 
 def _image_gradient(upstream: Tensor, out: Tensor, weight: Tensor, problem: _Problem) -> None:
-    kernel = IMAGE_GRADIENT[_is_16_bit(weight)]
+    kernel = IMAGE_GRADIENT[problem.kind != "wide"]
     config = kernel.config(out)
     blocks = -(-problem.k // config["BLOCK_K"])
     launch(
