@@ -12,6 +12,14 @@ from segmenter_fast.config import SegmenterConfig
 from segmenter_fast.patch_logits import PatchLogits
 
 
+def whole_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches that cover (H, W) pixels.
+
+    Sides modulo the patch would do, but torch.compile cannot trace that for sides that vary.
+    """
+    return tuple((side + patch_size - 1) // patch_size for side in size)
+
+
 def pad_to_patch(images: Tensor, patch_size: int) -> Tensor:
     """Zeros at the right and bottom up to multiples of `patch_size`.
 
@@ -19,10 +27,9 @@ def pad_to_patch(images: Tensor, patch_size: int) -> Tensor:
 
     Source: official segm/model/utils.py, padding.
     """
-    # Not -side % patch_size, which torch.compile cannot trace for a side that varies.
-    bottom, right = (
-        (side + patch_size - 1) // patch_size * patch_size - side for side in images.shape[2:]
-    )
+    height, width = images.shape[2:]
+    rows, columns = whole_patches((height, width), patch_size)
+    bottom, right = rows * patch_size - height, columns * patch_size - width
     return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
 
 
@@ -116,7 +123,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         self._check_images(images)
         resolve_backend(self.backend, images.device)
         height, width = images.shape[2:]
-        size = (height + -height % self.patch_size, width + -width % self.patch_size)
+        size = tuple(n * self.patch_size for n in whole_patches((height, width), self.patch_size))
         if not getattr(self.encoder, "fills_patches", False):
             images = pad_to_patch(images, self.patch_size)
         logits = self.decoder(self._features(images), size)

@@ -25,7 +25,7 @@ from segmenter_fast.ops._triton import (
     Kernel,
     dot,
     load_as,
-    operand,
+    round_as,
     store_as,
     tl,
     triton,
@@ -91,7 +91,7 @@ def forward_step(
         key = key0 + tl.arange(0, COLUMNS)[None, :]
         p = tl.where(keep_at(seed, head, query[:, None], key, THRESHOLD), p, 0.0)
     v = load_block(v_ptr, stride_n, stride_d, left, COLUMNS, D, BLOCK_D, MASKED)
-    return highest, total, dot(operand(p, v), v, acc * shrink[:, None])
+    return highest, total, dot(round_as(p, v.dtype), v, acc * shrink[:, None])
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def queries_step(
         key = key0 + tl.arange(0, COLUMNS)[None, :]
         kept = keep_at(seed, head, query[:, None], key, THRESHOLD)
         dp = tl.where(kept, dp * tl.full([1, 1], INVERSE, DTYPE), 0.0)
-    return dot(operand(p * (dp - delta[:, None]), k), k, dq)
+    return dot(round_as(p * (dp - delta[:, None]), k.dtype), k, dq)
 
 
 @triton.jit
@@ -314,8 +314,8 @@ def keys_step(
         kept = keep_at(seed, head, query0 + columns[None, :], key[:, None], THRESHOLD)
         kept_p = tl.where(kept, p, 0.0)
         dp = tl.where(kept, dp * tl.full([1, 1], INVERSE, DTYPE), 0.0)
-    dv = dot(operand(kept_p, u), u, dv)
-    return dot(operand(p * (dp - delta[None, :]), q), q, dk), dv
+    dv = dot(round_as(kept_p, u.dtype), u, dv)
+    return dot(round_as(p * (dp - delta[None, :]), q.dtype), q, dk), dv
 
 
 @triton.jit

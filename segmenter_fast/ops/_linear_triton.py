@@ -25,7 +25,7 @@ from segmenter_fast.ops._triton import (
     dot,
     launch,
     load_as,
-    operand,
+    round_as,
     store_as,
     tl,
     triton,
@@ -136,7 +136,7 @@ def _linear_kernel(
             x = load_as(x_ptrs, row[:, None] & lanes, 0.0, DTYPE)
             gamma = load_as(gamma_ptr + k0 + k, k < K - k0, 0.0, DTYPE)[None, :]
             beta = load_as(beta_ptr + k0 + k, k < K - k0, 0.0, DTYPE)[None, :]
-            x = operand((x - mean[:, None]) * r[:, None] * gamma + beta, w)
+            x = round_as((x - mean[:, None]) * r[:, None] * gamma + beta, w.dtype)
         else:
             x = tl.load(x_ptrs, mask=row[:, None] & lanes, other=0.0)
         y = dot(x, tl.trans(w), y)

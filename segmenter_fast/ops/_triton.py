@@ -124,18 +124,6 @@ def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
-@triton.jit
-def operand(value, like):
-    """What was computed, as an operand of `dot` beside `like`.
-
-    The interpreter would truncate to bfloat16 instead of rounding; there it stays as precise as it
-    is.
-    """
-    if _INTERPRETED:
-        return value
-    return value.to(like.dtype)
-
-
 def accumulator(dtype: torch.dtype) -> Any:
     """Triton type in which sums over this type are kept: float64 for itself, else float32."""
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -46,11 +46,12 @@ def patch_embed_reference(
         x = (x - shift.to(x)) / scale.to(x)
     if sizes is not None:
         bottom, right = sizes.to(x.device).view(batch, 2, 1, 1, 1).unbind(1)
-        rows = torch.arange(height, device=x.device).view(1, -1, 1)
-        inside = (rows < bottom) & (torch.arange(width, device=x.device) < right)
+        y = torch.arange(height, device=x.device).view(1, -1, 1)
+        inside = (y < bottom) & (torch.arange(width, device=x.device) < right)
         x = torch.where(inside, x, 0)
-    if height % patch or width % patch:
-        x = F.pad(x, (0, -width % patch, 0, -height % patch))
+    # Not sides modulo the patch, which torch.compile cannot trace for sides that vary.
+    rows, columns = (height + patch - 1) // patch, (width + patch - 1) // patch
+    x = F.pad(x, (0, columns * patch - width, 0, rows * patch - height))
     x = x.to(weight.dtype if images.dtype == torch.uint8 else images.dtype)
     x = F.conv2d(x, weight, bias, stride=patch).flatten(2).transpose(1, 2)
     return torch.cat((tokens.expand(batch, -1, -1), x), dim=1) + pos_embed
