@@ -345,6 +345,7 @@ OPERATIONS = (
     ("cross-entropy", "upsample_cross_entropy"),
     ("windows, scales and flips", "window_labels"),
     ("attention", "attention"),
+    ("patch embedding", "patch_embed"),
     ("normalised mask product", "mask_product"),
 )
 

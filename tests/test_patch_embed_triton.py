@@ -303,15 +303,15 @@ def test_every_configuration(candidate):
 def test_launches_are_recorded():
     """What the compile report relies on; pixels that are converted have a kernel of their own."""
     recorded = []
-    for change in ({}, OPTIONS["all"], {"images": pictures(2, 9, 11)}):
+    for change in ({}, OPTIONS["sizes"], OPTIONS["all"], {"images": pictures(2, 9, 11)}):
         inputs = make_inputs(2, 9, 11)(torch.bfloat16) | change
         with _triton.Recorder(90) as recorder:
             leaves = leaves_of(inputs)
-            TOKENS(*(inputs | leaves).values(), *[None] * (8 - len(inputs))).sum().backward()
+            kernels(**inputs | leaves).sum().backward()
         names = [launch.kernel.name for launch in recorder.launches]
         assert names == ["embed", "weight_gradient", "image_gradient"][: 2 + ("images" in leaves)]
         recorded.append(recorder.launches[0].kernel.register_operands)
-    assert recorded == [False, True, True]
+    assert recorded == [False, True, True, True]
 
 
 def test_rejects_bad_input():

@@ -141,8 +141,8 @@ def _embed_kernel(
         own = row % EXTRA * D + d
         z = load_as(tokens_ptr + own, d < D, 0.0, DTYPE)
         z += load_as(pos_ptr + own, d < D, 0.0, DTYPE)
-        image = tl.cast(row // EXTRA, tl.int64)
-        store_as(out_ptr + image * ((EXTRA + N) * D) + own, z, d < D)
+        start_of_image = tl.cast(row // EXTRA, tl.int64) * ((EXTRA + N) * D)
+        store_as(out_ptr + start_of_image + own, z, d < D)
 
 
 @triton.jit
