@@ -262,8 +262,6 @@ def _time_one(
         **{label: contestant(other) for label, other in operation.contestants.items()},
         "Triton": contestant(operation.run),
     }
-    if backward:
-        contestants = {k: v for k, v in contestants.items() if k not in operation.contestants}
     rows = compare(contestants, rounds=1 if session.toy else 7, peers=2)
     session.kernels.cases[name] = rows
     flops, moved = operation.work(inputs)
