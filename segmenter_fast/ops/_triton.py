@@ -324,6 +324,16 @@ def launch(kernel: Kernel, grid: tuple[int, ...], config: Config, *args: Any, **
         kernel.function[grid](*args, **constexprs, **config.options())
 
 
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b + bias` of (M, K), (K, N) and (N,) by PyTorch, that is, on a GPU by cuBLAS.
+
+    While launches are recorded the result stays unwritten, as theirs do.
+    """
+    if _recorder is not None:
+        return a.new_empty(a.shape[0], b.shape[1])
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 

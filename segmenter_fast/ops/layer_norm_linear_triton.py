@@ -16,12 +16,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from segmenter_fast.ops._layer_norm_triton import MOST_CHANNELS, normalise, normalise_gradient
 from segmenter_fast.ops._linear_triton import choose, linear
-from segmenter_fast.ops._triton import Operation, check_device
+from segmenter_fast.ops._triton import Operation, check_device, matmul
 from segmenter_fast.ops.layer_norm_linear import layer_norm_linear_reference
 from segmenter_fast.ops.upsample import upcast
 
@@ -38,7 +37,10 @@ def _layer_norm_linear_op(
     norm = (gamma, beta, eps) if choice.norm else None
     if norm is None:
         rows, *_ = normalise(rows, gamma, beta, eps, weight.dtype, keep=False)
-    y = linear(rows, weight, bias, norm)[0] if choice.product else F.linear(rows, weight, bias)
+    if choice.product:
+        y = linear(rows, weight, bias, norm)[0]
+    else:
+        y = matmul(rows, weight.mT, bias)
     return y.view(*x.shape[:-1], len(weight))
 
 
@@ -78,11 +80,12 @@ def _layer_norm_linear_backward_op(
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     upstream = upstream.reshape(-1, len(weight))
     normed, mean, r = normalise(rows, gamma, beta, eps, weight.dtype, keep=True)
-    of_normed = upstream @ weight
+    of_normed = matmul(upstream, weight)
     dx, of_gamma, of_beta = normalise_gradient(of_normed, rows, mean, r, gamma)
     of_bias = upstream.sum(0, dtype=mean.dtype).to(weight.dtype)
     # Operators may not return two views of one tensor.
-    return dx.view(x.shape), of_gamma.clone(), of_beta.clone(), upstream.mT @ normed, of_bias
+    of_norm = of_gamma.clone(), of_beta.clone()
+    return dx.view(x.shape), *of_norm, matmul(upstream.mT, normed), of_bias
 
 
 @_layer_norm_linear_backward_op.register_fake

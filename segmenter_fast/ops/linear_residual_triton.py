@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from segmenter_fast.ops._linear_triton import choose, linear
-from segmenter_fast.ops._triton import Operation, check_device
+from segmenter_fast.ops._triton import Operation, check_device, matmul
 from segmenter_fast.ops.linear_residual import linear_residual_reference
 from segmenter_fast.ops.upsample import upcast
 
@@ -27,10 +27,12 @@ def _linear_residual_op(
     v: Tensor, weight: Tensor, bias: Tensor, x: Tensor, scale: Tensor | None
 ) -> Tensor:
     _check(v, weight, bias, x)
+    rows, stream = (t.reshape(-1, t.shape[-1]).contiguous() for t in (v, x))
     if choose("linear_residual", v.shape[-1], weight.dtype).product:
-        rows, stream = (t.reshape(-1, t.shape[-1]).contiguous() for t in (v, x))
         return linear(rows, weight, bias, extra=stream, scale=scale)[0].view(x.shape)
-    return linear_residual_reference(v, weight, bias, x, scale).contiguous()
+    branch = matmul(rows, weight.mT, bias).view(x.shape)
+    y = x + branch if scale is None else x + branch * scale[:, None, None].to(branch)
+    return y.contiguous()
 
 
 @_linear_residual_op.register_fake
@@ -67,8 +69,8 @@ def _linear_residual_backward_op(
     """Gradients of v, weight and bias."""
     branch = scaled(upstream, scale, weight.dtype)
     of_bias = branch.sum(0, dtype=upcast(weight.new_empty(0)).dtype).to(weight.dtype)
-    of_weight = branch.mT @ v.reshape(-1, v.shape[-1])
-    return (branch @ weight).view(v.shape), of_weight, of_bias
+    of_weight = matmul(branch.mT, v.reshape(-1, v.shape[-1]))
+    return matmul(branch, weight).view(v.shape), of_weight, of_bias
 
 
 @_linear_residual_backward_op.register_fake

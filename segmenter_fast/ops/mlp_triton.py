@@ -23,7 +23,7 @@ from torch import Tensor
 
 from segmenter_fast.ops._layer_norm_triton import MOST_CHANNELS, normalise, normalise_gradient
 from segmenter_fast.ops._linear_triton import GELU, GELU_GRADIENT, choose, linear
-from segmenter_fast.ops._triton import Operation, check_device
+from segmenter_fast.ops._triton import Operation, check_device, matmul
 from segmenter_fast.ops.linear_residual_triton import scaled
 from segmenter_fast.ops.mlp import mlp_reference
 from segmenter_fast.ops.upsample import upcast
@@ -54,8 +54,8 @@ def _mlp_op(
         h, z, _ = linear(rows, w1, b1, norm, after=GELU, keep=with_gradient)
         y = linear(h, w2, b2, extra=stream, scale=scale)[0]
         return y.view(x.shape), z
-    z = F.linear(rows, w1, b1)
-    branch = F.linear(F.gelu(z), w2, b2).view(x.shape)
+    z = matmul(rows, w1.mT, b1)
+    branch = matmul(F.gelu(z), w2.mT, b2).view(x.shape)
     if scale is not None:
         branch *= scale[:, None, None].to(branch)
     return (x + branch).contiguous(), z if with_gradient else z.new_empty(0)
@@ -118,15 +118,15 @@ def _mlp_backward_op(
         dz, h, parts = linear(branch.contiguous(), w2.mT, after=GELU_GRADIENT, extra=z)
         of_b1 = parts.sum(0)
     else:
-        h, dz = F.gelu(z), torch.ops.aten.gelu_backward(branch @ w2, z)
+        h, dz = F.gelu(z), torch.ops.aten.gelu_backward(matmul(branch, w2), z)
         of_b1 = dz.sum(0, dtype=precise)
-    of_w2 = branch.mT @ h
+    of_w2 = matmul(branch.mT, h)
     del h, branch
     rows, skip = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, upstream))
     normed, mean, r = normalise(rows, gamma, beta, eps, w1.dtype, keep=True)
-    of_w1 = dz.mT @ normed
+    of_w1 = matmul(dz.mT, normed)
     del normed
-    dx, of_gamma, of_beta = normalise_gradient(dz @ w1, rows, mean, r, gamma, skip)
+    dx, of_gamma, of_beta = normalise_gradient(matmul(dz, w1), rows, mean, r, gamma, skip)
     # Operators may not return two views of one tensor.
     of_norm = of_gamma.clone(), of_beta.clone()
     return dx.view(x.shape), *of_norm, of_w1, of_b1.to(w1.dtype), of_w2, of_b2
