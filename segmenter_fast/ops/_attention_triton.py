@@ -415,39 +415,40 @@ def _config(rows: int, columns: int, warps: int) -> Config:
     return Config(blocks, num_warps=warps)
 
 
-# float32 goes to the ordinary units, with smaller blocks.
-_PRECISE = {"default": (_config(32, 32, 8),)}
-_PRECISE_WIDE = {"default": (_config(16, 16, 4),)}
+_Configs = Mapping[int | str, Sequence[Config]]
 
 
 def _table(
-    function: Any,
-    narrow: Mapping[int | str, Sequence[Config]],
-    wide: Mapping[int | str, Sequence[Config]],
+    function: Any, narrow: _Configs, wide: _Configs, precise: _Configs
 ) -> dict[tuple[bool, bool], Kernel]:
     """Kernels by (16 bits?, more than 64 channels?)."""
     return {
         (True, False): Kernel(function, narrow, matrix=True, register_operands=True),
         (True, True): Kernel(function, wide, matrix=True, register_operands=True),
-        (False, False): Kernel(function, _PRECISE),
-        (False, True): Kernel(function, _PRECISE_WIDE),
+        (False, False): Kernel(function, precise),
+        (False, True): Kernel(function, {"default": (_config(16, 16, 4),)}),
     }
 
 
+# As many rows as registers hold without spilling, on every kind of GPU. float32 goes to the
+# ordinary units, with smaller blocks.
 FORWARD = _table(
     _attention_kernel,
     {"default": (_config(128, 64, 8), _config(64, 64, 4))},
     {"default": (_config(128, 64, 8), _config(64, 32, 4))},
+    {"default": (_config(32, 32, 4),)},
 )
 QUERIES = _table(
     _attention_of_queries_kernel,
     {"default": (_config(128, 64, 8), _config(64, 64, 4))},
-    {"default": (_config(64, 64, 8), _config(64, 32, 4))},
+    {"default": (_config(64, 64, 8), _config(64, 32, 8))},
+    {"default": (_config(32, 32, 4),)},
 )
 KEYS = _table(
     _attention_of_keys_kernel,
     {"default": (_config(128, 64, 8), _config(64, 64, 4))},
     {"default": (_config(64, 64, 8), _config(64, 32, 4))},
+    {"default": (_config(32, 16, 4),)},
 )
 
 

@@ -104,9 +104,7 @@ def _layer_norm_gradient_kernel(
 
 
 FORWARD = Kernel(_layer_norm_kernel, {"default": (Config(num_warps=4), Config(num_warps=8))})
-GRADIENT = Kernel(
-    _layer_norm_gradient_kernel, {"default": (Config(num_warps=8), Config(num_warps=4))}
-)
+GRADIENT = Kernel(_layer_norm_gradient_kernel, {"default": (Config(num_warps=8),)})
 
 
 def _blocks(channels: int, elements: int) -> dict[str, int]:
