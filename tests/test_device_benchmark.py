@@ -77,7 +77,7 @@ def test_every_configuration_is_checked(modules):
 def test_declared_work(operation):
     """What floors stand on: more for more classes or tokens, and no gradient for nothing."""
     inputs = operation.make_inputs(operation.dtypes[0], **operation.toy)
-    size = "n_cls" if "n_cls" in operation.toy else "height"
+    size = next(name for name in ("n_cls", "height", "n", "rows") if name in operation.toy)
     more = operation.make_inputs(
         operation.dtypes[0], **{**operation.toy, size: 2 * operation.toy[size]}
     )
@@ -121,7 +121,7 @@ def test_dry_run(tmp_path):
     [
         (["--only", "numerics,speed"], "--only takes numerics, kernels"),
         (["--dry-run"], "needs --output"),
-        (["--dry-run", "--output", "{}", "--operation", "convolution"], "there are confusion"),
+        (["--dry-run", "--output", "{}", "--operation", "convolution"], "there are attention, "),
     ],
 )
 def test_bad_arguments(arguments, text, tmp_path):

@@ -192,8 +192,13 @@ def _with(backend: str) -> Any:
     def contestant(qkv: Tensor, p: float) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            return _plain(qkv, p)
+        try:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return _plain(qkv, p)
+        except RuntimeError as error:
+            if "No viable backend" in str(error) or "No available kernel" in str(error):
+                raise NotImplementedError(f"{backend} does not take {qkv.dtype} here") from error
+            raise
 
     return contestant
 
