@@ -37,6 +37,10 @@ from segmenter_fast.ops._triton import Config, operations
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "benchmarks" / "results" / "compile_report.md"
 
+# No kernel of ours there: nothing stands around the products, or the dtype has no tensor cores.
+GRADIENT_BY_CUBLAS = {"linear_residual"}
+BY_CUBLAS = {("linear_residual", "float32")}
+
 USAGE = Usage(
     registers=64, spilled=0, shared=2048, threads=128, instructions=500, tensor_core=(), tma=0
 )
@@ -75,7 +79,7 @@ def test_every_kernel_compiles_without_faults(tmp_path):
         for dtype in operation.dtypes:
             dtype = str(dtype).removeprefix("torch.")
             if dtype != "float16":
-                assert dtype in section
+                assert dtype in section or (name, dtype) in BY_CUBLAS
                 assert f"| {name} | {dtype} | " in floors
     assert "sm_86" not in text and "| float16" not in text
 
@@ -196,16 +200,14 @@ def test_a_crash_of_the_compiler_is_a_fault_of_one_kernel():
 
 
 # ------------------------------------------------------------------------------- what is compiled
-GRADIENT_BY_CUBLAS = {"linear_residual_triton"}
-
-
 @pytest.mark.parametrize("operation", operations(), ids=lambda operation: operation.name)
 def test_every_launch_of_an_operation_is_a_job(operation):
     dtype = operation.dtypes[-1]
     jobs = find_jobs([operation], [80, 90], [dtype])
     assert {job.dtype for job in jobs} == {dtype}
     assert {job.specialisation.arch for job in jobs} == {80, 90}
-    backward = operation.backward_work is not None and operation.name not in GRADIENT_BY_CUBLAS
+    name = operation.name.removesuffix("_triton")
+    backward = operation.backward_work is not None and name not in GRADIENT_BY_CUBLAS
     assert {job.backward for job in jobs} == ({False, True} if backward else {False})
     # Every configuration of every kernel, and the backward pass from where forward ends.
     inputs = operation.make_inputs(dtype, **operation.case)

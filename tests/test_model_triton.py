@@ -121,13 +121,14 @@ def test_distributed_data_parallel(tmp_path):
         dist.destroy_process_group()
 
 
-def test_autocast_trains_in_bfloat16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_trains(dtype):
     model, image, target = tiny()
     exact = model(image, target).detach()
-    with torch.autocast(DEVICE, torch.bfloat16):
+    with torch.autocast(DEVICE, dtype):
         logits = model.patch_logits(image)
         loss = model(image, target)
-    assert logits.dtype == torch.bfloat16
+    assert logits.dtype == dtype
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.detach(), exact, rtol=0.05, atol=0)
     loss.backward()

@@ -63,7 +63,7 @@ def keep_at(seed, head, query, key, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
-def place_of(blocks, H, N, BLOCK: tl.constexpr):
+def place_of(blocks, H, BLOCK: tl.constexpr):
     """Image, head, their number, and first row of this program, the rows of a head together."""
     pid = tl.program_id(0)
     head = pid // blocks
@@ -156,7 +156,7 @@ def _attention_kernel(
     ROWS_LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image, h, head, row0 = place_of(blocks, H, N, ROWS)
+    image, h, head, row0 = place_of(blocks, H, ROWS)
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     k_ptr = qkv_ptr + image * stride_b + h * stride_h + stride_which
     q_ptr = k_ptr - stride_which + row0.to(tl.int64) * stride_n
@@ -264,7 +264,7 @@ def _attention_of_queries_kernel(
     ROWS_LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image, h, head, row0 = place_of(blocks, H, N, ROWS)
+    image, h, head, row0 = place_of(blocks, H, ROWS)
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     k_ptr = qkv_ptr + image * stride_b + h * stride_h + stride_which
     q_ptr = k_ptr - stride_which + row0.to(tl.int64) * stride_n
@@ -386,7 +386,7 @@ def _attention_of_keys_kernel(
     ROWS_LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    image, h, head, row0 = place_of(blocks, H, N, ROWS)
+    image, h, head, row0 = place_of(blocks, H, ROWS)
     seed = tl.load(seed_ptr) if THRESHOLD > 0 else 0
     q_ptr = qkv_ptr + image * stride_b + h * stride_h
     k_ptr = q_ptr + stride_which + row0.to(tl.int64) * stride_n
@@ -430,8 +430,8 @@ def _table(
     }
 
 
-# As many rows as registers hold without spilling, on every kind of GPU. float32 goes to the
-# ordinary units, with smaller blocks.
+# As many rows as registers hold without spilling on every kind of GPU, dropout or not. float32 goes
+# to the ordinary units, with smaller blocks.
 FORWARD = _table(
     _attention_kernel,
     {"default": (_config(128, 64, 8), _config(64, 64, 4))},
@@ -441,13 +441,13 @@ FORWARD = _table(
 QUERIES = _table(
     _attention_of_queries_kernel,
     {"default": (_config(128, 64, 8), _config(64, 64, 4))},
-    {"default": (_config(64, 64, 8), _config(64, 32, 8))},
+    {"default": (_config(64, 32, 8),)},
     {"default": (_config(32, 32, 4),)},
 )
 KEYS = _table(
     _attention_of_keys_kernel,
-    {"default": (_config(128, 64, 8), _config(64, 64, 4))},
-    {"default": (_config(64, 64, 8), _config(64, 32, 4))},
+    {"default": (_config(128, 64, 8), _config(64, 32, 4))},
+    {"default": (_config(64, 32, 8),)},
     {"default": (_config(32, 16, 4),)},
 )
 
