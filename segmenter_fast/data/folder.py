@@ -1,6 +1,9 @@
-"""Pairs of images and label maps in folders."""
+"""Pairs of images and label maps in folders, and what the stored label values mean."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,45 +11,121 @@ from torch import Tensor
 
 from segmenter_fast.images import IMAGE_SUFFIXES, MASK_SUFFIXES, load_image, load_mask
 
-
-def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder: {folder}")
-    return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in suffixes}
+CLASSES = Path(__file__).parent / "classes"
 
 
-class FolderDataset(torch.utils.data.Dataset):
-    """Images and label maps that share a file stem.
+def read_classes(name: str) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+    """Names and colours of the classes of "ade20k", "cityscapes" or "pascal_context"."""
+    rows = json.loads((CLASSES / f"{name}.json").read_text(encoding="utf-8"))
+    return tuple(name for name, _ in rows), tuple(tuple(colour) for _, colour in rows)
+
+
+class LabelTable(NamedTuple):
+    """What the values stored in a label map mean.
 
     Args:
-        images: folder of pictures.
-        masks: folder of single-channel label maps; values are class numbers or `ignore_index`.
+        classes: (256,) uint8, the class number or `ignore_index` that a value stands for.
+        known: (256,) bool; any other value is an error of the file.
+        expected: the known values in words, for that error.
+    """
+
+    classes: np.ndarray
+    known: np.ndarray
+    expected: str
+
+
+def label_table(meaning: Mapping[int, int], expected: str) -> LabelTable:
+    """The table of `meaning`, from a stored value to a class number or `ignore_index`.
+
+    Raises:
+        ValueError: a value outside of 0 to 255, which no label map of one byte holds.
+    """
+    outside = [v for pair in meaning.items() for v in pair if not 0 <= int(v) <= 255]
+    if outside:
+        raise ValueError(f"labels are bytes, 0 to 255, got {outside[0]}")
+    values, numbers = list(meaning), list(meaning.values())
+    classes, known = np.zeros(256, np.uint8), np.zeros(256, bool)
+    classes[values], known[values] = numbers, True
+    return LabelTable(classes, known, expected)
+
+
+def files_in(folder: Path, suffixes: tuple[str, ...], ending: str = "") -> dict[str, Path]:
+    """Files of a folder by their stem, less `ending`, which the stem must have.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: two files share a stem.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and path.stem.endswith(ending):
+            other = found.setdefault(path.stem.removesuffix(ending), path)
+            if other != path:
+                raise ValueError(
+                    f"{other} and {path.name} share a stem, and files are paired by stems: "
+                    "rename or remove one of them"
+                )
+    return found
+
+
+def paired(
+    pictures: Mapping[str, Path], maps: Mapping[str, Path], images, masks
+) -> list[tuple[Path, Path]]:
+    """Pair the files of `images` and `masks` by their keys.
+
+    Raises:
+        FileNotFoundError: no pictures.
+        ValueError: pictures without a label map, or label maps without a picture.
+    """
+    if not pictures:
+        raise FileNotFoundError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {images}")
+    for what, other, have, where, theirs, elsewhere in (
+        ("images", "label map", pictures, images, maps, masks),
+        ("label maps", "image", maps, masks, pictures, images),
+    ):
+        alone = sorted(have.keys() - theirs.keys())
+        if alone:
+            names = ", ".join(have[key].name for key in alone[:5])
+            raise ValueError(
+                f"{len(alone)} of {len(have)} {what} in {where} have no {other} in {elsewhere}, "
+                f"such as {names}"
+            )
+    return [(pictures[key], maps[key]) for key in sorted(pictures)]
+
+
+class PairedFiles(torch.utils.data.Dataset):
+    """Pictures and label maps in files: what every data set on a disk has in common.
+
+    Args:
+        files: (picture, label map) of each sample.
         class_names: K names; the number of classes is their number.
         palette: K (r, g, b) colours for pictures of the result.
         ignore_index: label without a class.
+        table: what stored labels mean; None takes class numbers and `ignore_index` as they are.
 
     Raises:
-        FileNotFoundError: a folder is missing or holds nothing.
-        ValueError: images without masks or masks without images, named; and, when a sample is read,
-            sizes that differ or a label outside the classes, with file name and value.
+        ValueError: no class names, or more than one byte can number; and, when a sample is read, a
+            file that is not a picture, sizes that differ, or a label that means nothing, with file
+            name and value.
     """
 
-    def __init__(self, images, masks, class_names, palette=None, ignore_index: int = 255):
+    base_size: tuple[int, int] | None = None
+    """(long, short) side in pixels that training resizes to before its random factor."""
+
+    def __init__(self, files, class_names, palette=None, ignore_index: int = 255, table=None):
+        self.files = list(files)
         self.class_names = tuple(class_names)
         self.num_classes = len(self.class_names)
         self.palette = palette
         self.ignore_index = ignore_index
-        pictures = _by_stem(Path(images), IMAGE_SUFFIXES)
-        maps = _by_stem(Path(masks), MASK_SUFFIXES)
-        if not pictures:
-            raise FileNotFoundError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {images}")
-        unpaired = sorted(pictures.keys() ^ maps.keys())
-        if unpaired:
-            raise ValueError(
-                f"{len(unpaired)} file stems are in only one of {images} and {masks}, "
-                f"such as {', '.join(unpaired[:5])}"
-            )
-        self.files = [(pictures[stem], maps[stem]) for stem in pictures]
+        if not 0 < self.num_classes <= 256:
+            raise ValueError(f"1 to 256 class names are expected, got {self.num_classes}")
+        self.table = table or label_table(
+            {**{k: k for k in range(self.num_classes)}, ignore_index: ignore_index},
+            f"0 to {self.num_classes - 1} or ignore_index {ignore_index}",
+        )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -61,13 +140,64 @@ class FolderDataset(torch.utils.data.Dataset):
                 f"{picture} is {image.shape[1]} x {image.shape[0]} pixels and {label_map} "
                 f"{mask.shape[1]} x {mask.shape[0]}"
             )
-        outside = (mask >= self.num_classes) & (mask != self.ignore_index)
-        if outside.any():
+        table = self.table_of(label_map)
+        if not table.known.take(mask).all():
+            wrong = mask[~table.known[mask]]
             raise ValueError(
-                f"{label_map} holds label {int(mask[outside][0])} at {int(outside.sum())} pixels; "
-                f"expected 0 to {self.num_classes - 1} or ignore_index {self.ignore_index}"
+                f"{label_map} holds label {int(wrong[0])} at "
+                f"{int((wrong == wrong[0]).sum())} pixels; expected {table.expected}"
             )
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
+        labels = table.classes.take(mask)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(labels)
+
+    def table_of(self, label_map: Path) -> LabelTable:
+        """What the values in this file mean."""
+        return self.table
+
+
+class FolderDataset(PairedFiles):
+    """Anybody's images and label maps, in two folders, paired by the stems of their names.
+
+    Args:
+        images: folder of pictures.
+        masks: folder of single-channel label maps; values are class numbers or `ignore_index`.
+        class_names: K names; the number of classes is their number.
+        palette: K (r, g, b) colours for pictures of the result.
+        ignore_index: label without a class.
+        mask_suffix: what the stem of a label map has beyond its picture's, such as "_mask".
+        label_map: class number or `ignore_index` of each stored value, where the files count in
+            another way, such as {0: 255, 128: 0, 255: 1}. Other values are errors.
+
+    Raises:
+        FileNotFoundError: a folder is missing or holds nothing.
+        ValueError: images without masks, masks without images or two of one stem, named; a class
+            outside of the names; and, when a sample is read, a file that is not a picture, sizes
+            that differ, or a label outside the classes, with file name and value.
+    """
+
+    def __init__(
+        self,
+        images,
+        masks,
+        class_names,
+        palette=None,
+        ignore_index: int = 255,
+        mask_suffix: str = "",
+        label_map: Mapping[int, int] | None = None,
+    ):
+        pictures = files_in(Path(images), IMAGE_SUFFIXES)
+        maps = files_in(Path(masks), MASK_SUFFIXES, mask_suffix)
+        class_names, table = tuple(class_names), None
+        if label_map is not None:
+            unknown = set(label_map.values()) - {*range(len(class_names)), ignore_index}
+            if unknown:
+                raise ValueError(
+                    f"label_map leads to {min(unknown)}, but there are {len(class_names)} classes "
+                    f"and ignore_index {ignore_index}"
+                )
+            table = label_table(label_map, ", ".join(map(str, sorted(label_map))))
+        files = paired(pictures, maps, images, masks)
+        super().__init__(files, class_names, palette, ignore_index, table)
 
 
 class InMemory(torch.utils.data.Dataset):

@@ -1,0 +1,68 @@
+"""Pascal Context: 59 classes and a background on the pictures of Pascal VOC 2010."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from segmenter_fast.data.folder import PairedFiles, files_in, paired, read_classes
+
+FOLDERS = ("VOCdevkit/VOC2010", "VOC2010", ".")
+PICTURES, MASKS, LISTS = "JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"
+
+
+class PascalContext(PairedFiles):
+    """VOCdevkit/VOC2010 with JPEGImages/*.jpg, SegmentationClassContext/*.png and lists of names.
+
+    In the files 0 is the background, a class like the other 59, and nothing is ignored.
+
+    Args:
+        root: the folder VOC2010, or the one that it or VOCdevkit lies in.
+        split: "train" (4,996 pictures) or "val" (5,104), the names in
+            ImageSets/SegmentationContext/SPLIT.txt.
+
+    Raises:
+        FileNotFoundError, ValueError: as `PairedFiles` and `FolderDataset`.
+
+    Source: Mottaghi et al. 2014; the layout and labels of MMSegmentation
+    (tools/convert_datasets/pascal_context.py), which the official code reads.
+    """
+
+    counts: ClassVar[dict[str, int]] = {"train": 4_996, "val": 5_104}
+    # From official segm/data/config/pascal_context.py. Its trainer puts 8 times the im_size of
+    # segm/config.yml in its place (segm/data/base.py), which is (4160, 520).
+    base_size = (512, 512)
+
+    def __init__(self, root, split: str = "train"):
+        root = find_root(Path(root))
+        if split not in self.counts:
+            raise ValueError(f'split must be "train" or "val", got {split!r}')
+        listed = root / LISTS / f"{split}.txt"
+        if not listed.is_file():
+            raise FileNotFoundError(f"no such file: {listed}, which names the pictures of {split}")
+        names = dict.fromkeys(listed.read_text(encoding="utf-8").split())
+        found = [
+            {name: files[name] for name in names if name in files}
+            for files in (files_in(root / PICTURES, (".jpg",)), files_in(root / MASKS, (".png",)))
+        ]
+        gone = [name for name in names if not any(name in files for files in found)]
+        if gone:
+            raise FileNotFoundError(
+                f"{len(gone)} of {len(names)} names in {listed} have neither {PICTURES}/NAME.jpg "
+                f"nor {MASKS}/NAME.png, such as {', '.join(gone[:5])}"
+            )
+        class_names, palette = read_classes("pascal_context")
+        super().__init__(paired(*found, root / PICTURES, root / MASKS), class_names, palette)
+
+
+def find_root(root: Path) -> Path:
+    """The folder VOC2010 with Pascal Context's label maps.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    for folder in FOLDERS:
+        if (root / folder / MASKS).is_dir():
+            return root / folder
+    raise FileNotFoundError(
+        f"no Pascal Context in {root}: expected VOCdevkit/VOC2010/{MASKS}. "
+        f"'segmenter-fast prepare pascal-context {root}' makes it, or says what it lacks"
+    )
