@@ -51,9 +51,20 @@ class Backend(enum.StrEnum):
 class DatasetKind(enum.StrEnum):
     """Where images and labels come from."""
 
+    ade20k = "ade20k"
+    pascal_context = "pascal-context"
+    cityscapes = "cityscapes"
     camvid = "camvid"
-    scenes = "scenes"
     folder = "folder"
+    scenes = "scenes"
+
+
+class Downloaded(enum.StrEnum):
+    """Data sets that `prepare` knows."""
+
+    ade20k = "ade20k"
+    cityscapes = "cityscapes"
+    pascal_context = "pascal-context"
 
 
 class Optimizer(enum.StrEnum):
@@ -127,7 +138,7 @@ WindowBatchOption = Annotated[
 ]
 RootOption = Annotated[
     Path | None,
-    typer.Option(help="Folder with images/SPLIT and annotations/SPLIT. Not needed for scenes."),
+    typer.Option(help="Folder of the data. Not needed for scenes."),
 ]
 ClassNamesOption = Annotated[
     str | None,
@@ -328,6 +339,7 @@ def _root(
     segmenter-fast demo                                    see it work
     segmenter-fast predict photo.jpg -w street -o labels   label a picture
     segmenter-fast zoo                                     the official models
+    segmenter-fast prepare ade20k data/ade20k              is a data set complete?
     segmenter-fast info                                    what runs here, and how
     segmenter-fast kernels --arch sm_90                    what a GPU would run
 
@@ -779,14 +791,20 @@ class Data(NamedTuple):
 
     def split(self, split: str, count: int, crop: tuple[int, int], known: Classes | None = None):
         """The dataset of a split; `count` and `crop` are of scenes, `known` of the weights."""
-        from segmenter_fast.data import CamVid, FolderDataset, Scenes
+        from segmenter_fast import data
 
         if self.kind == DatasetKind.scenes:
-            return Scenes(count, self.scene_size or crop, self.data_seed, split=split)
-        if self.kind == DatasetKind.camvid:
-            return CamVid(self.root, split)
+            return data.Scenes(count, self.scene_size or crop, self.data_seed, split=split)
+        known_layouts = {
+            DatasetKind.ade20k: data.ADE20K,
+            DatasetKind.pascal_context: data.PascalContext,
+            DatasetKind.cityscapes: data.Cityscapes,
+            DatasetKind.camvid: data.CamVid,
+        }
+        if self.kind in known_layouts:
+            return known_layouts[self.kind](self.root, split)
         classes = self.classes(known)
-        return FolderDataset(
+        return data.FolderDataset(
             self.root / "images" / split,
             self.root / "annotations" / split,
             classes.names,
@@ -812,6 +830,44 @@ def _in_memory(dataset, wanted: bool | None, samples: int):
         size = sum(tensor.nbytes for tensor in dataset[0])
         wanted = size * len(dataset) <= MEMORY_LIMIT
     return InMemory(dataset) if wanted else dataset
+
+
+# --- prepare -------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reported
+def prepare(
+    dataset: Annotated[Downloaded, typer.Argument(help="Which data set.")],
+    root: Annotated[
+        Path, typer.Argument(help="Its folder, with the archives that were downloaded or unpacked.")
+    ],
+    sample: Annotated[
+        int, typer.Option(min=0, help="Pictures of each split to read, evenly over it.")
+    ] = 32,
+    debug: DebugOption = False,
+) -> None:
+    """Check a downloaded data set, and lay it out if need be.
+
+    Archives in ROOT are unpacked, files are counted, and a sample is read. What is
+    missing is named, with the address to get it from and where to put it; the exit
+    status is then 1. Nothing is downloaded.
+
+    \b
+    segmenter-fast prepare ade20k data/ade20k
+    segmenter-fast train --dataset ade20k --root data/ade20k --init Seg-T-Mask/16 -o run
+    """  # noqa: D301
+    from segmenter_fast.data.prepare import PLANS
+    from segmenter_fast.data.prepare import prepare as check
+
+    report = check(dataset.value, root, sample, typer.echo)
+    for line in report.found:
+        typer.echo(line)
+    for problem in report.problems:
+        typer.echo(f"error: {problem}", err=True)
+    if report.problems:
+        raise typer.Exit(1)
+    typer.echo(f"{PLANS[dataset.value].title} is ready: --dataset {dataset.value} --root {root}")
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -955,7 +1011,8 @@ def train(
         _data(
             help="'folder' is any data laid out as ROOT/images/{train,val} and "
             "ROOT/annotations/{train,val}, label maps as one-channel PNG; 'camvid' the same with "
-            "CamVid's 11 classes; 'scenes' is drawn on the fly."
+            "CamVid's 11 classes; 'ade20k', 'pascal-context' and 'cityscapes' are as downloaded, "
+            "see 'segmenter-fast prepare'; 'scenes' is drawn on the fly."
         ),
     ],
     output: Annotated[
@@ -1179,7 +1236,7 @@ def train(
         "image_size": crop,
         "class_names": train_set.class_names,
         "palette": train_set.palette,
-        "dataset": dataset.value if dataset != DatasetKind.folder else root.name or None,
+        "dataset": dataset.name if dataset != DatasetKind.folder else root.name or None,
     }
     if drop_path is not None:
         changes["drop_path_rate"] = drop_path
@@ -1232,7 +1289,9 @@ def evaluate(
         typer.Option(help="'folder' reads ROOT/images/SPLIT and ROOT/annotations/SPLIT."),
     ],
     root: RootOption = None,
-    split: Annotated[str, typer.Option(help="Sub-folder, or 'train' or 'val' of scenes.")] = "val",
+    split: Annotated[
+        str, typer.Option(help="'train' or 'val'; a sub-folder for 'folder' and 'camvid'.")
+    ] = "val",
     window_size: WindowSizeOption = None,
     window_stride: WindowStrideOption = None,
     scales: ScalesOption = "1.0",

@@ -83,7 +83,7 @@ def write_folder_dataset(root, names=None):
 # --- Help and errors -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["train"], ["zoo", "download"]])
+@pytest.mark.parametrize("command", [[], ["predict"], ["train"], ["prepare"], ["zoo", "download"]])
 def test_help_does_not_load_torch(command):
     """What makes `--help` quick: nothing heavy is imported for it."""
     code = (
@@ -101,7 +101,9 @@ def test_help_does_not_load_torch(command):
     assert "Usage" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["info", "predict", "train", "evaluate", "demo", "zoo"])
+@pytest.mark.parametrize(
+    "command", ["info", "predict", "prepare", "train", "evaluate", "demo", "zoo"]
+)
 def test_help_names_every_command_and_gives_examples(command):
     assert command in run("--help")
     text = run(command, "--help")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter_fast.data import CamVid, FolderDataset, InMemory
+from segmenter_fast.data import Augmentation, CamVid, FolderDataset, InMemory, make_loader
 from segmenter_fast.data.transforms import TrainStream, TrainTransform, distort_colours
 from segmenter_fast.images import load_image, load_mask
 
@@ -52,6 +52,8 @@ def test_real_camvid():
         image, target = data[count - 1]
         assert image.shape == (3, 360, 480) and target.shape == (360, 480)
         assert set(target.unique().tolist()) <= {*range(11), 255}
+    batch = next(iter(make_loader(data, Augmentation((96, 128)), 2, 1)))
+    assert batch.images.shape == (2, 3, 96, 128) and len(batch.target.unique()) > 2
 
 
 def test_folder_dataset_errors(tmp_path):
