@@ -10,8 +10,15 @@ import pytest
 import torch
 from test_data import write_pair
 
-from segmenter_fast.data import Augmentation, FolderDataset, InMemory, Scenes, make_loader
-from segmenter_fast.data.loader import TrainSampler, images_per_second
+from segmenter_fast.data import (
+    Augmentation,
+    FolderDataset,
+    InMemory,
+    Scenes,
+    images_per_second,
+    make_loader,
+)
+from segmenter_fast.data.loader import TrainSampler
 
 AUGMENTATION = Augmentation((24, 40))
 

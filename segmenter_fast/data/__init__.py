@@ -4,7 +4,7 @@ from segmenter_fast.data.ade20k import ADE20K
 from segmenter_fast.data.augment import Augmentation, normalise
 from segmenter_fast.data.cityscapes import Cityscapes
 from segmenter_fast.data.folder import CamVid, FolderDataset, InMemory
-from segmenter_fast.data.loader import make_loader
+from segmenter_fast.data.loader import images_per_second, make_loader
 from segmenter_fast.data.pascal_context import PascalContext
 from segmenter_fast.data.scenes import Scenes
 
@@ -17,6 +17,7 @@ __all__ = [
     "InMemory",
     "PascalContext",
     "Scenes",
+    "images_per_second",
     "make_loader",
     "normalise",
 ]

@@ -96,7 +96,9 @@ class Augmentation:
                 "image and target must be (3, H, W) and (H, W), "
                 f"got {tuple(image.shape)} and {tuple(target.shape)}"
             )
-        whole = fitted_size(target.shape, self.base, rng.uniform(*self.factor))
+        whole = fitted_size(
+            (target.shape[0], target.shape[1]), self.base, rng.uniform(*self.factor)
+        )
         size = (min(self.crop[0], whole[0]), min(self.crop[1], whole[1]))
         corner, labels = self._crop(target.numpy(), whole, size, rng)
         pixels = resized_crop(image, whole, corner, size)
@@ -303,14 +305,14 @@ def normalise(
     if sizes is not None and sizes.shape != (len(images), 2):
         raise ValueError(f"sizes must be ({len(images)}, 2), got {tuple(sizes.shape)}")
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, std = (
+    shift, scale = (
         torch.tensor(v, dtype=exact).to(images.device, non_blocking=True).view(1, 3, 1, 1)
         for v in (mean, std)
     )
-    x = images.to(exact).div(255).sub(mean).div(std).to(dtype)
+    x = images.to(exact).div_(255).sub_(shift).div_(scale).to(dtype)
     if sizes is None:
         return x
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device) < sizes[:, :1]
     columns = torch.arange(width, device=images.device) < sizes[:, 1:]
-    return x.masked_fill(~(rows[:, None, :, None] & columns[:, None, None, :]), 0)
+    return x.masked_fill_(~(rows[:, None, :, None] & columns[:, None, None, :]), 0)

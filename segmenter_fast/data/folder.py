@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -113,6 +113,8 @@ class PairedFiles(torch.utils.data.Dataset):
 
     base_size: tuple[int, int] | None = None
     """(long, short) side in pixels that training resizes to before its random factor."""
+    counts: ClassVar[dict[str, int]] = {}
+    """How many samples each split has, where that is known."""
 
     def __init__(self, files, class_names, palette=None, ignore_index: int = 255, table=None):
         self.files = list(files)

@@ -120,7 +120,7 @@ class _Augmented(Dataset):
         image, target = self.dataset[index]
         rng = np.random.default_rng([self.seed, 1, epoch, index])
         crop = self.augmentation(image, target, rng)
-        return Batch(*crop, time.perf_counter() - started)
+        return Batch(*crop, torch.tensor(time.perf_counter() - started, dtype=torch.float64))
 
 
 def make_loader(

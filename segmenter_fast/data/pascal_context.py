@@ -39,18 +39,19 @@ class PascalContext(PairedFiles):
         if not listed.is_file():
             raise FileNotFoundError(f"no such file: {listed}, which names the pictures of {split}")
         names = dict.fromkeys(listed.read_text(encoding="utf-8").split())
-        found = [
-            {name: files[name] for name in names if name in files}
+        pictures, maps = (
+            {name: path for name, path in files.items() if name in names}
             for files in (files_in(root / PICTURES, (".jpg",)), files_in(root / MASKS, (".png",)))
-        ]
-        gone = [name for name in names if not any(name in files for files in found)]
+        )
+        gone = [name for name in names if name not in pictures and name not in maps]
         if gone:
             raise FileNotFoundError(
                 f"{len(gone)} of {len(names)} names in {listed} have neither {PICTURES}/NAME.jpg "
                 f"nor {MASKS}/NAME.png, such as {', '.join(gone[:5])}"
             )
         class_names, palette = read_classes("pascal_context")
-        super().__init__(paired(*found, root / PICTURES, root / MASKS), class_names, palette)
+        files = paired(pictures, maps, root / PICTURES, root / MASKS)
+        super().__init__(files, class_names, palette)
 
 
 def find_root(root: Path) -> Path:
