@@ -139,7 +139,9 @@ def test_pascal_context(tmp_path):
     check(PascalContext(tmp_path, "val"), 2, 60)
     data = PascalContext(tmp_path)
     assert torch.equal(data[0][1].long(), stored(range(60)))  # the background is a class
-    assert data.class_names[0] == "background" and data.base_size == (512, 512)
+    assert data.class_names[0] == "background"
+    assert list(data.class_names[1:]) == sorted(data.class_names[1:])
+    assert data.base_size == (512, 512)
     assert data.counts == {"train": 4_996, "val": 5_104}
     # What a split holds is its list's, not the folder's.
     names = [picture.stem for picture, _ in PascalContext(tmp_path, "val").files]

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from segmenter_fast.cli import app
 from segmenter_fast.data import ADE20K, Cityscapes, PascalContext
+from segmenter_fast.data.folder import read_classes
 from segmenter_fast.data.prepare import CONTEXT_CATEGORIES, decode_mask, prepare
 
 
@@ -112,6 +113,9 @@ def test_later_annotations_lie_on_top(tmp_path):
     prepare("pascal-context", tmp_path)
     with Image.open(next(tmp_path.rglob("SegmentationClassContext/*.png"))) as made:
         assert (np.asarray(made)[:5, :7] == 59).all() and (np.asarray(made)[5:] == 6).all()
+    # In the annotation file 23 is called bicycle and 458 wood.
+    names = read_classes("pascal_context")[0]
+    assert (names[6], names[59]) == ("bicycle", "wood")
 
 
 def test_a_stopped_conversion_begins_again(tmp_path, monkeypatch):

@@ -12,7 +12,10 @@ PICTURES, MASKS, LISTS = "JPEGImages", "SegmentationClassContext", "ImageSets/Se
 class PascalContext(PairedFiles):
     """VOCdevkit/VOC2010 with JPEGImages/*.jpg, SegmentationClassContext/*.png and lists of names.
 
-    In the files 0 is the background, a class like the other 59, and nothing is ignored.
+    In the files 0 is the background, a class like the other 59, and nothing is ignored. The 59 are
+    numbered in the order of the alphabet: their numbers are ranks of the categories' numbers, which
+    are in that order. The lists of the official code and of MMSegmentation have the same names in
+    another order, and so name most classes wrongly.
 
     Args:
         root: the folder VOC2010, or the one that it or VOCdevkit lies in.
