@@ -113,9 +113,18 @@ def test_later_annotations_lie_on_top(tmp_path):
     prepare("pascal-context", tmp_path)
     with Image.open(next(tmp_path.rglob("SegmentationClassContext/*.png"))) as made:
         assert (np.asarray(made)[:5, :7] == 59).all() and (np.asarray(made)[5:] == 6).all()
-    # In the annotation file 23 is called bicycle and 458 wood.
-    names = read_classes("pascal_context")[0]
-    assert (names[6], names[59]) == ("bicycle", "wood")
+
+
+def test_pascal_context_names_are_those_of_its_categories():
+    """The Detail API evaluates these categories in this order, Pascal VOC's classes first."""
+    categories = (2, 23, 25, 31, 34, 45, 59, 65, 72, 98, 397, 113, 207, 258, 284, 308, 347, 368)
+    names = (
+        "aeroplane bicycle bird boat bottle bus car cat chair cow table dog horse motorbike person "
+        "pottedplant sheep sofa"
+    )
+    ours = read_classes("pascal_context")[0]
+    assert [ours[CONTEXT_CATEGORIES[c]] for c in categories] == names.split()
+    assert ours[CONTEXT_CATEGORIES[458]] == "wood" and ours[0] == "background"
 
 
 def test_a_stopped_conversion_begins_again(tmp_path, monkeypatch):
