@@ -1,6 +1,8 @@
 """Transformer blocks with the official module and parameter names (segm/model/blocks.py)."""
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from segmenter_fast.backend import resolve_backend
 from segmenter_fast.ops.attention import attention, attention_weights
@@ -83,7 +85,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(norm1(x)), then x + mlp(norm2(x)), each branch under stochastic depth."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), each branch under stochastic depth.
+
+    `recompute`, which the model sets, keeps the input alone for backward, which runs the block
+    again with the random numbers it had.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float, drop_path: float):
         super().__init__()
@@ -92,11 +98,17 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads, dropout)
         self.mlp = FeedForward(dim, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.recompute = False
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
         """(B, N, D) to (B, N, D), or to the (B, heads, N, N) attention weights."""
         if return_attention:
             return self.attn.weights(self.norm1(x))
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, x, use_reentrant=False)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
         if resolve_backend(self.attn.backend, x.device) == "triton" and self._is_plain():
             return self._fused(x)
         x = x + self.drop_path(self.attn(self.norm1(x)))

@@ -1118,10 +1118,14 @@ def train(
     ] = None,
     workers: Annotated[int, _data(min=0, help="Processes that decode and augment; 0 is none.")] = 0,
     scale: Annotated[
-        str, _data(metavar="LOW,HIGH", help="Random zoom of training images before the crop.")
+        str,
+        _data(
+            metavar="LOW,HIGH",
+            help="Random factor before the crop, on a picture's size or that of the data set.",
+        ),
     ] = "0.5,2.0",
     jitter: Annotated[
-        float, _data(min=0.0, help="Strength of random colour changes; 0 is none.")
+        float, _data(min=0.0, max=2.0, help="Strength of random colour changes; 0 is none.")
     ] = 1.0,
     steps: Annotated[
         int | None, _learning(min=1, help="Optimiser steps. 10000 unless given.")
@@ -1129,7 +1133,13 @@ def train(
     epochs: Annotated[
         float | None, _learning(min=0.0, help="Passes over the data, instead of --steps.")
     ] = None,
-    batch_size: Annotated[int, _learning(min=1, help="Crops per step.")] = 8,
+    batch_size: Annotated[
+        int, _learning(min=1, help="Crops per step, of all processes together.")
+    ] = 8,
+    accumulate: Annotated[
+        int,
+        _learning(min=1, help="Make a step in so many passes, each of which needs less memory."),
+    ] = 1,
     optimizer: Annotated[Optimizer, _learning(help="SGD with momentum, or AdamW.")] = Optimizer.sgd,
     lr: Annotated[float, _learning(help="Learning rate after the warm-up.")] = 1e-3,
     min_lr: Annotated[float, _learning(help="Learning rate at the end.")] = 1e-5,
@@ -1154,10 +1164,27 @@ def train(
         ),
     ] = 0.0,
     amp: Annotated[bool, _learning("--amp/--no-amp", help="bfloat16 arithmetic.")] = False,
-    seed: Annotated[int, _learning(min=0, help="Of initialisation, order and augmentation.")] = 0,
+    recompute: Annotated[
+        bool,
+        _learning(
+            "--recompute/--keep",
+            help="Keep less for the backward pass and compute it again: activation checkpointing.",
+        ),
+    ] = False,
+    compile: Annotated[
+        bool, _learning("--compile/--eager", help="torch.compile the model.")
+    ] = False,
+    seed: Annotated[int, _learning(min=0, help="Of all that is random.")] = 0,
     save_every: Annotated[
-        int, typer.Option(min=1, help="Steps between validations, each of which saves.")
+        int, typer.Option(min=1, help="Steps between saves, which --resume continues from.")
     ] = 500,
+    val_every: Annotated[
+        int,
+        typer.Option(min=0, help="Steps between validations, which save, too. 0: --save-every."),
+    ] = 0,
+    log_every: Annotated[
+        int, typer.Option(min=1, help="Steps between rows of log.jsonl and TensorBoard.")
+    ] = 50,
     val_limit: Annotated[
         int, typer.Option(min=0, help="Validate on so many images at most; 0 is all.")
     ] = 0,
@@ -1215,6 +1242,7 @@ def train(
     options = TrainOptions(
         steps=steps or TrainOptions.steps,
         batch_size=batch_size,
+        accumulate=accumulate,
         optimizer=optimizer.value,
         lr=lr,
         min_lr=min_lr,
@@ -1227,7 +1255,11 @@ def train(
         label_smoothing=label_smoothing,
         ema=ema,
         amp=amp,
+        recompute=recompute,
+        compile=compile,
         save_every=save_every,
+        val_every=val_every,
+        log_every=log_every,
         val_limit=val_limit,
         workers=workers,
         seed=seed,

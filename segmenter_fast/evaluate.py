@@ -1,8 +1,10 @@
 """Mean intersection over union of a model on a dataset."""
 
 import torch
+from torch.utils.data import Subset
 from tqdm import tqdm
 
+from segmenter_fast.distributed import rank, summed, world_size
 from segmenter_fast.inference import predict
 from segmenter_fast.metrics import iou, mean_iou, pixel_accuracy
 from segmenter_fast.ops.confusion import confusion_matrix
@@ -10,7 +12,12 @@ from segmenter_fast.ops.confusion import confusion_matrix
 
 @torch.inference_mode()
 def evaluate(
-    model, dataset, progress: bool = True, ignore_index: int | None = None, **protocol
+    model,
+    dataset,
+    progress: bool = True,
+    ignore_index: int | None = None,
+    shared: bool = False,
+    **protocol,
 ) -> dict:
     """Predict every image of a dataset and compare with its labels at their own size.
 
@@ -19,6 +26,8 @@ def evaluate(
         dataset: maps an index to (uint8 image (3, H, W), integer labels (H, W)).
         progress: show a progress bar.
         ignore_index: label without a class; None takes the dataset's own, or 255.
+        shared: every process of torch.distributed calls this, does its share of the images, and
+            gets the result of all.
         **protocol: of `predict`: window_size, window_stride, scales, flip, short_side.
 
     Returns:
@@ -31,10 +40,14 @@ def evaluate(
         ignore_index = getattr(dataset, "ignore_index", 255)
     total = torch.zeros(model.n_cls, model.n_cls, dtype=torch.int64)
     device = next(model.parameters()).device
-    for index in tqdm(range(len(dataset)), desc="evaluate", unit="image", disable=not progress):
-        image, target = dataset[index]
+    first, step = (rank(), world_size()) if shared else (0, 1)
+    part = Subset(dataset, range(first, len(dataset), step))
+    for index in tqdm(range(len(part)), desc="evaluate", unit="image", disable=not progress):
+        image, target = part[index]
         labels = predict(model, image.to(device), **protocol)
         total += confusion_matrix(labels.cpu(), target, model.n_cls, ignore_index)
+    if shared:
+        total = summed(total.to(device)).cpu()
     by_class = iou(total)
     return {
         "miou": mean_iou(total),

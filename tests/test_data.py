@@ -1,4 +1,4 @@
-"""Datasets, the training stream and its augmentation."""
+"""Datasets in folders."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from segmenter_fast.data import Augmentation, CamVid, FolderDataset, InMemory, make_loader
-from segmenter_fast.data.transforms import TrainStream, TrainTransform, distort_colours
 from segmenter_fast.images import load_image, load_mask
 
 REAL_CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
@@ -103,89 +102,3 @@ def test_in_memory_forwards_attributes(tmp_path):
     assert kept[0][0] is kept[0][0]
     with pytest.raises(AttributeError):
         kept.nothing  # noqa: B018
-
-
-@pytest.fixture
-def sample():
-    """Colour encodes the label, so that image and label can be checked to move together."""
-    label = torch.zeros(40, 60, dtype=torch.uint8)
-    label[:, 30:] = 1
-    label[20:, :] += 2
-    return (label * 60).expand(3, -1, -1).contiguous(), label
-
-
-@pytest.mark.parametrize("scale", [(0.4, 0.4), (1.0, 1.0), (2.3, 2.3), (0.5, 2.0)])
-@pytest.mark.parametrize("crop", [(32, 32), (24, 72), (64, 96)])
-def test_image_and_labels_move_together(sample, crop, scale):
-    transform = TrainTransform(crop, (0.0,) * 3, (1.0,) * 3, scale, jitter=0.0, max_class_share=1.0)
-    for seed in range(8):
-        image, target = transform(*sample, np.random.default_rng(seed))
-        assert image.shape == (3, *crop) and image.dtype == torch.float32
-        assert target.shape == crop and target.dtype == torch.uint8
-        inside = target != 255
-        agree = ((image[0] * 255 / 60) - target).abs()[inside] < 0.3
-        assert agree.float().mean() > 0.8  # but for blended borders
-        assert (image[:, ~inside] == 0).all()
-
-
-def test_overhang_is_void_and_zero_after_normalisation(sample):
-    transform = TrainTransform((64, 64), (0.5,) * 3, (0.5,) * 3, (0.5, 0.5))
-    image, target = transform(*sample, np.random.default_rng(0))
-    assert (target[20:] == 255).all() and (target[:, 30:] == 255).all()
-    assert (target[:20, :30] != 255).all()
-    assert (image[:, 20:] == 0).all()
-
-
-def test_crops_with_one_class_are_drawn_again():
-    """Half the image is one class: without the rule many crops hold nothing else."""
-    label = torch.zeros(64, 64, dtype=torch.uint8)
-    label[:, 34:] = 1
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-
-    def single(share):
-        transform = TrainTransform((24, 24), scale=(1, 1), max_class_share=share, jitter=0.0)
-        draws = [transform(image, label, np.random.default_rng(s))[1] for s in range(100)]
-        return sum(len(t.unique()) == 1 for t in draws)
-
-    assert single(1.0) > 20
-    assert single(0.75) < 5
-
-
-def test_distort_colours_identity_and_range():
-    x = torch.rand(3, 8, 9, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(distort_colours(x, np.random.default_rng(0), 0.0), x)
-    outputs = [distort_colours(x, np.random.default_rng(s)) for s in range(20)]
-    assert all(o.min() >= 0 and o.max() <= 1 and o.shape == x.shape for o in outputs)
-    assert len({round(o.mean().item(), 6) for o in outputs}) > 10
-    grey = torch.full((3, 2, 2), 0.4)
-    for seed in range(20):  # a grey pixel has neither hue nor saturation to change
-        out = distort_colours(grey, np.random.default_rng(seed))
-        torch.testing.assert_close(out[0], out[1])
-        torch.testing.assert_close(out[0], out[2])
-
-
-def test_stream_is_the_same_for_any_workers_and_start(sample):
-    transform = TrainTransform((16, 16), scale=(0.5, 2))
-    data = [(sample[0] + i, sample[1]) for i in range(5)]
-    stream = TrainStream(data, transform, seed=3, length=23)
-
-    def read(numbers, workers):
-        loader = torch.utils.data.DataLoader(
-            torch.utils.data.Subset(stream, numbers), 4, num_workers=workers
-        )
-        return [torch.cat(parts) for parts in zip(*loader, strict=True)]
-
-    images, targets = read(range(23), 0)
-    for workers, start in ((2, 0), (0, 8)):
-        again, labels = read(range(start, 23), workers)
-        assert torch.equal(again, images[start:]) and torch.equal(labels, targets[start:])
-    other = TrainStream(data, transform, seed=4, length=23)
-    assert not torch.equal(other[0][0], stream[0][0])
-
-
-def test_stream_visits_every_sample_once_an_epoch():
-    data = [(i, i) for i in range(7)]
-    stream = TrainStream(data, lambda image, target, rng: image, seed=0, length=21)
-    epochs = [[stream[e * 7 + i] for i in range(7)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert epochs[0] != epochs[1]

@@ -6,6 +6,7 @@ sample is augmented with a generator seeded by (seed, epoch, index): neither the
 that makes it nor what was made before changes it.
 """
 
+import signal
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -168,7 +169,13 @@ def make_loader(
         prefetch_factor=PREFETCH if workers else None,
         # Else starting the loader would draw from the generator of dropout, in resumed runs too.
         generator=torch.Generator(),
+        worker_init_fn=_outlive_termination,
     )
+
+
+def _outlive_termination(worker: int) -> None:
+    # SLURM sends SIGTERM to workers, too, while training is still to finish a step and to save.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def images_per_second(seconds: Tensor, workers: int) -> float:
