@@ -67,6 +67,14 @@ class Downloaded(enum.StrEnum):
     pascal_context = "pascal-context"
 
 
+class Preset(enum.StrEnum):
+    """Recipes of the paper; presets/ has a file for each."""
+
+    ade20k = "ade20k"
+    pascal_context = "pascal-context"
+    cityscapes = "cityscapes"
+
+
 class Optimizer(enum.StrEnum):
     """See `TrainOptions`."""
 
@@ -270,8 +278,11 @@ def _protocol(
     }
 
 
-def _prepare(device: str, backend: Backend, threads: int | None):
-    """The torch device, after a check that it is there and that the backend takes it."""
+def _prepare(device: str, backend: Backend, threads: int | None, launch=None):
+    """The torch device, after a check that it is there and that the backend takes it.
+
+    `launch` is the `distributed.Launch` of one of several processes, each with a GPU of its own.
+    """
     import torch
 
     from segmenter_fast.backend import resolve_backend
@@ -280,6 +291,14 @@ def _prepare(device: str, backend: Backend, threads: int | None):
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if launch is not None and device not in ("cpu", "cuda"):
+        raise _usage(
+            "--device", f"one of several processes takes auto, cpu or cuda, got {device!r}"
+        )
+    if launch is not None and device == "cuda":
+        from segmenter_fast.distributed import local_gpu
+
+        device = f"cuda:{local_gpu(launch, torch.cuda.device_count())}"
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -340,6 +359,7 @@ def _root(
     segmenter-fast predict photo.jpg -w street -o labels   label a picture
     segmenter-fast zoo                                     the official models
     segmenter-fast prepare ade20k data/ade20k              is a data set complete?
+    segmenter-fast plot runs/mine                          how is training going?
     segmenter-fast info                                    what runs here, and how
     segmenter-fast kernels --arch sm_90                    what a GPU would run
 
@@ -877,8 +897,6 @@ def _read_recipe(ctx: typer.Context, name: str | None) -> str | None:
     """Make the options in a YAML file the defaults of this call."""
     if name is None:
         return None
-    import yaml
-
     path = Path(name)
     if not path.is_file():
         path = PACKAGE / "weights" / name
@@ -886,30 +904,55 @@ def _read_recipe(ctx: typer.Context, name: str | None) -> str | None:
             bundled = sorted((PACKAGE / "weights").glob("*/recipe*.yaml"))
             names = ", ".join(str(p.relative_to(PACKAGE / "weights")) for p in bundled)
             raise typer.BadParameter(f"no file {name!r}; recipes of the bundled weights: {names}")
+    ctx.default_map = _over(ctx.default_map, _options_in(ctx, path))
+    return name
+
+
+def _read_preset(ctx: typer.Context, preset: Preset | None) -> Preset | None:
+    """Make the options of a preset the defaults of this call; --config comes after it."""
+    if preset is not None:
+        options = _options_in(ctx, PACKAGE / "presets" / f"{preset.value}.yaml")
+        # Options are read in the order in which they are typed: --config may have been first.
+        ctx.default_map = _over(options, ctx.default_map)
+    return preset
+
+
+def _over(below: dict[str, Any] | None, above: dict[str, Any] | None) -> dict[str, Any]:
+    """Both, `above` winning: its steps over the epochs of `below`, too."""
+    below, above = below or {}, above or {}
+    length = {"steps", "epochs"}
+    if above.keys() & length:
+        below = {key: value for key, value in below.items() if key not in length}
+    return below | above
+
+
+def _options_in(ctx: typer.Context, path: Path) -> dict[str, Any]:
+    import yaml
+
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{path}: not YAML: {error}") from error
     if not isinstance(values, dict):
         raise typer.BadParameter(f"{path}: expected lines 'option: value'")
-    known = {option.name for option in ctx.command.params} - {"config", "debug", "help", "resume"}
+    other = {"preset", "config", "debug", "help", "resume"}
+    known = {option.name for option in ctx.command.params} - other
     recipe = {str(key).replace("-", "_"): value for key, value in values.items()}
     unknown = sorted(recipe.keys() - known)
     if unknown:
         raise typer.BadParameter(f"{path}: unknown options {', '.join(unknown)}")
-    ctx.default_map = {
+    return {
         key: ",".join(map(str, value)) if isinstance(value, list) else value
         for key, value in recipe.items()
         if value is not None
     }
-    return name
 
 
 def _recipe_text(params: dict[str, Any]) -> str:
     """The options of this call as `--config` reads them."""
     import yaml
 
-    left_out = {"config", "debug", "resume", "output", "threads", "device"}
+    left_out = {"preset", "config", "debug", "resume", "output", "threads", "device"}
     recipe = {
         name: value if isinstance(value, bool | int | float) else str(value)
         for name, value in params.items()
@@ -1021,6 +1064,14 @@ def train(
             "--output", "-o", metavar="DIR", help="Folder for best/, last/, log.jsonl, recipe.yaml."
         ),
     ],
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            callback=_read_preset,
+            is_eager=True,
+            help="The paper's recipe for a data set. --config and the command line win over it.",
+        ),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(
@@ -1196,13 +1247,16 @@ def train(
     """Train a model, and keep the weights that do best on the validation split.
 
     The defaults are the paper's recipe for ADE20K except for the number of steps.
-    DIR/best and DIR/last are folders for --weights; DIR/log.jsonl has a line per
-    validation; DIR/recipe.yaml holds the options.
+    DIR/best and DIR/last are folders for --weights; DIR/log.jsonl is what
+    'segmenter-fast plot DIR' draws; DIR/recipe.yaml holds the options. SIGTERM saves
+    and ends with status 0.
 
     \b
     segmenter-fast train --model Seg-T-Mask/16 --dataset folder --root data \\
         --image-size 256 --epochs 50 --output runs/mine
     segmenter-fast train --config runs/mine/recipe.yaml -o runs/mine --resume
+    torchrun --nproc-per-node 8 -m segmenter_fast.train --preset ade20k \\
+        --root data/ade20k --init Seg-S-Mask/16 --output runs/ade
     """  # noqa: D301
     data = Data(
         dataset,
@@ -1221,19 +1275,26 @@ def train(
     zoom = _pair("--scale", scale)
     window = _pixels_or("--window-size", "whole", window_size)
     shorter = _pixels_or("--short-side", "original", short_side)
-    chosen = _prepare(device, backend, threads)
 
     import math
 
     import torch
 
+    from segmenter_fast import distributed
     from segmenter_fast.checkpoint import load_checkpoint
     from segmenter_fast.train import TrainOptions
     from segmenter_fast.train import train as run
 
+    launch = distributed.launched()
+    chosen = _prepare(device, backend, threads, launch)
+    if launch is not None:
+        distributed.join(launch, chosen)
+    talks = distributed.rank() == 0
+
     known, scene = None, crop or (512, 512)
     if init is not None:
-        start = load_checkpoint(init)[0]
+        with distributed.one_goes_first(launch):
+            start = load_checkpoint(init)[0]
         known, scene = _classes_of(start), crop or start.image_size
     train_set = data.split("train", count, scene, known)
     val_set = data.split("val", val_count, scene, known)
@@ -1289,7 +1350,7 @@ def train(
     val_set = _in_memory(val_set, in_memory, len(val_set) * (options.steps // save_every))
     if resume:
         _check_recipe(output, ctx.params)
-    elif not any((output / name).exists() for name in ("state.pt", "log.jsonl")):
+    elif talks and not any((output / name).exists() for name in ("state.pt", "log.jsonl")):
         output.mkdir(parents=True, exist_ok=True)
         _write_text(output / "recipe.yaml", _recipe_text(ctx.params))
     try:
@@ -1301,12 +1362,47 @@ def train(
         )
         typer.echo(f"\nstopped: {text}", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    distributed.leave()
+    if not talks:
+        return
+    if not result["finished"]:
+        typer.echo(
+            f"stopped by SIGTERM after step {result['steps']}, saved: the same command with "
+            f"--resume continues {output}"
+        )
+        return
     best = output / "best"
     typer.echo(
         f"best mIoU {_percent(result['best_miou'])} at step {result['best_step']} of "
         f"{result['steps']}: {best}\n"
         f"label pictures with it: segmenter-fast predict IMAGE --weights {best} --output labels"
     )
+
+
+# --- plot ----------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reported
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that 'train' has written.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="PNG to write.")
+    ] = Path("curves.png"),
+    debug: DebugOption = False,
+) -> None:
+    """Draw the curves of training runs: loss, mIoU, learning rate, images per second.
+
+    \b
+    segmenter-fast plot runs/mine runs/other -o curves.png
+    """  # noqa: D301
+    from segmenter_fast.runlog import plot_runs
+
+    try:
+        plot_runs(runs, output)
+    except ImportError as error:  # matplotlib is an extra
+        raise ValueError(str(error)) from error
+    typer.echo(f"written to {output}")
 
 
 # --- evaluate ------------------------------------------------------------------------------------

@@ -490,7 +490,10 @@ class _Run:
         return self.averaged.model if self.averaged else self.model
 
     def _save(self) -> None:
-        """`last`, and everything that `resume` needs, written whole or not at all."""
+        """`last`, and everything that `resume` needs, written whole or not at all.
+
+        The learning rate and all random numbers follow from the options and the step.
+        """
         state, now = self.state, (self.state["step"], self.state["validated"])
         if not self.talks or now == self.saved:
             return
@@ -501,7 +504,6 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "averaged": self.averaged.model.state_dict() if self.averaged else None,
             "options": dataclasses.asdict(self.options),
-            "lr": poly_lr(state["step"], self.options),
         }
         try:
             self._kept().save_pretrained(self.output / "last")
