@@ -79,19 +79,20 @@ def train_cell(spec: dict[str, Any], seed: int, folder: Path, init: Path | None,
     model = dict(spec["model"])
     image_size = tuple(model.pop("image_size", spec["data"].get("size", ())))
     torch.manual_seed(seed)
+    whole = {"window_size": None, "window_stride": None}
     network = create_model(
-        model.pop("variant"), train_set.num_classes, image_size, window_size=None, **model
+        model.pop("variant"), train_set.num_classes, image_size, **whole, **model
     )
     if init is not None:
         from segmenter_fast.pretrained import load_pretrained
 
         load_pretrained(network, init)
-    recipe = dict(spec["train"])
-    recipe["scale"] = tuple(recipe["scale"])
-    steps = recipe["steps"]
-    options = TrainOptions(**recipe, seed=seed, save_every=100, val_every=steps, log_every=100)
+    often = {"save_every": 100, "val_every": spec["train"]["steps"], "log_every": 100}
+    recipe = often | spec["train"] | {"scale": tuple(spec["train"]["scale"])}
+    options = TrainOptions(**recipe, seed=seed)
     started = (folder / "state.pt").exists()
-    train(network, train_set, val_set, folder, options, resume=started)
+    if not train(network, train_set, val_set, folder, options, resume=started)["finished"]:
+        raise SystemExit(1)  # stopped from outside, and saved
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     last = SegmenterModel.from_pretrained(folder / "last")
     result = {
@@ -131,7 +132,7 @@ def train_all(config: Path, grid, todo: list[Cell], runs: Path, camvid: Path | N
                         raise SystemExit(f"{cell} failed:\n{log.read_text()[-2000:]}")
                     bar.update()
                 ready = [cell for cell in waiting if _is_ready(grid, cell, runs)]
-                if not ready and not working:
+                if waiting and not ready and not working:
                     raise SystemExit(f"{waiting[0]} waits for a run that is not among these")
                 for cell in ready[: jobs - len(working)]:
                     waiting.remove(cell)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import typer
 import yaml
+from data_trees import write_ade20k, write_cityscapes, write_pascal_context
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -102,7 +104,7 @@ def test_help_does_not_load_torch(command):
 
 
 @pytest.mark.parametrize(
-    "command", ["info", "predict", "prepare", "train", "evaluate", "demo", "zoo"]
+    "command", ["info", "predict", "prepare", "train", "plot", "evaluate", "demo", "zoo"]
 )
 def test_help_names_every_command_and_gives_examples(command):
     assert command in run("--help")
@@ -437,6 +439,52 @@ def test_the_command_line_wins_over_a_recipe():
     assert (options["lr"], options["min_lr"], options["scale"]) == (2e-3, 1e-4, (0.5, 1.0))
     config = SegmenterModel.from_pretrained("run/best").config
     assert config.window_size is None and config.image_size == (32, 48)
+
+
+# A miniature; then epochs, batch, learning rate, crop, window and stride of the official code.
+PRESETS = {
+    "ade20k": (write_ade20k, 64, 8, 1e-3, 512, 512, 512),
+    "pascal-context": (write_pascal_context, 256, 16, 1e-3, 480, 480, 320),
+    "cityscapes": (write_cityscapes, 216, 8, 1e-2, 768, 768, 512),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_papers(monkeypatch, preset):
+    """What --preset makes the defaults; everything else of the recipe is the trainer's default."""
+    write, epochs, batch, lr, crop, window, stride = PRESETS[preset]
+    write(Path("data"))
+    runs = []
+
+    def train(network, train_set, val_set, output, options, resume):
+        runs.append((network.config, len(train_set), options))
+        return {"finished": False, "steps": 0}
+
+    monkeypatch.setattr(train_module, "train", train)
+    words = ["train", "--preset", preset, "--model", "Seg-T-Mask/16", "--root", "data"]
+    run(*words, "-o", "one")
+    # The command line wins, and its steps over the preset's epochs.
+    run(*words, "-o", "two", "--lr", 0.5, "--steps", 3)
+    (config, count, options), (_, _, changed) = runs
+    assert config.image_size == (crop, crop) and config.dataset == preset.replace("-", "_")
+    assert (config.window_size, config.window_stride) == (window, stride)
+    assert (config.drop_path_rate, config.decoder_dropout) == (0.1, 0.1)
+    steps = math.ceil(count * epochs / batch)
+    often = {"save_every": options.save_every, "val_every": options.val_every}
+    assert options == TrainOptions(steps=steps, batch_size=batch, lr=lr, **often)
+    assert changed == dataclasses.replace(options, steps=3, lr=0.5)
+
+
+def test_train_with_a_preset():
+    """A step of the paper's recipe, in its resolution, on a miniature of ADE20K."""
+    write_ade20k(Path("ade"))
+    run(
+        "train", "--preset", "ade20k", "--root", "ade", "--model", "Seg-N-Mask/32", "-o", "run",
+        "--batch-size", 1, "--steps", 1, "--val-limit", 1,
+    )  # fmt: skip
+    config = SegmenterModel.from_pretrained("run/best").config
+    assert config.image_size == (512, 512) and config.n_cls == 150 and config.dataset == "ade20k"
+    assert config.class_names[0] == "wall"
 
 
 def test_bundled_recipes():

@@ -147,7 +147,7 @@ def test_dropout_of_a_step_follows_from_seed_step_and_process():
 PLAIN = {"drop_path_rate": 0.0, "decoder_dropout": 0.0}
 
 
-def tiny(n_cls=len(Scenes.class_names), **changes):
+def tiny(n_cls=11, **changes):
     """A model of some ten thousand weights."""
     torch.manual_seed(0)
     fields = {"d_model": 32, "n_layers": 2, "n_heads": 1, "decoder_n_layers": 1}
@@ -407,7 +407,7 @@ def test_full_disk(tmp_path, monkeypatch, file):
 
     at_step(3, fill, monkeypatch)
     try:
-        with pytest.raises(OSError, match="cannot save step 4 .*too large.* step 2 is intact"):
+        with pytest.raises(OSError, match=r"cannot save step 4 .*too large.* step 2 is intact"):
             train(*setup(), tmp_path / "run", options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
