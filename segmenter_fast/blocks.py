@@ -91,10 +91,12 @@ class Block(nn.Module):
     again with the random numbers it had.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float, drop_path: float):
+    def __init__(
+        self, dim: int, heads: int, mlp_dim: int, dropout: float, drop_path: float, eps: float
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.norm2 = nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, heads, dropout)
         self.mlp = FeedForward(dim, mlp_dim, dropout)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
@@ -146,8 +148,8 @@ class Block(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """`nn.LayerNorm` of the last dimension by `backend`, which is set by the model."""
 
-    def __init__(self, dim: int):
-        super().__init__(dim)
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__(dim, eps)
         self.backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,11 +160,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 def make_blocks(
-    n_layers: int, dim: int, heads: int, mlp_dim: int, dropout: float, drop_path_rate: float
+    n_layers: int,
+    dim: int,
+    heads: int,
+    mlp_dim: int,
+    dropout: float,
+    drop_path_rate: float,
+    eps: float = 1e-5,
 ) -> nn.ModuleList:
     """`n_layers` blocks whose stochastic depth rises linearly from 0 to `drop_path_rate`."""
     rates = [drop_path_rate * i / max(1, n_layers - 1) for i in range(n_layers)]
-    return nn.ModuleList(Block(dim, heads, mlp_dim, dropout, rate) for rate in rates)
+    return nn.ModuleList(Block(dim, heads, mlp_dim, dropout, rate, eps) for rate in rates)
 
 
 def attention_map(blocks: nn.ModuleList, x: Tensor, layer_id: int) -> Tensor:

@@ -28,6 +28,7 @@ class SegmenterConfig:
         backbone: the official (timm) name of the encoder, such as "vit_base_patch16_384".
         distilled: a DeiT encoder with a distillation token.
         dropout, drop_path_rate: of the encoder.
+        norm_eps: of the encoder's layer norms; 1e-5 in the official code, 1e-6 in timm and mmseg.
         decoder: "linear" or "mask_transformer".
         decoder_n_layers, decoder_dropout, decoder_drop_path_rate: of the mask transformer.
         mean, std: per RGB channel, for images scaled to [0, 1].
@@ -52,6 +53,7 @@ class SegmenterConfig:
     distilled: bool = False
     dropout: float = 0.0
     drop_path_rate: float = 0.1
+    norm_eps: float = 1e-5
     decoder: str = "mask_transformer"
     decoder_n_layers: int = 2
     decoder_dropout: float = 0.1
@@ -104,6 +106,10 @@ class SegmenterConfig:
         for name in ("dropout", "drop_path_rate", "decoder_dropout", "decoder_drop_path_rate"):
             value = getattr(self, name)
             need(0 <= value < 1, f"{name} must be in [0, 1), got {value!r}")
+        need(
+            isinstance(self.norm_eps, float) and 0 < self.norm_eps < 1,
+            f"norm_eps must be a float in (0, 1), got {self.norm_eps!r}",
+        )
         for name in ("mean", "std"):
             value = getattr(self, name)
             need(len(value) == 3, f"{name} must have 3 values (RGB), got {value}")

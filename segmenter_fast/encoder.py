@@ -68,6 +68,7 @@ class VisionTransformer(nn.Module):
         n_cls: outputs of the classification head that pretrained weights carry.
         dropout, drop_path_rate: regularisation of the blocks.
         distilled: a second extra token and head (DeiT).
+        norm_eps: of the layer norms.
         channels: of the input image.
 
     Source: Strudel et al. 2021, section 3.1; official segm/model/vit.py, VisionTransformer.
@@ -89,6 +90,7 @@ class VisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         distilled: bool = False,
         channels: int = 3,
+        norm_eps: float = 1e-5,
     ):
         super().__init__()
         self.patch_embed = PatchEmbedding(image_size, patch_size, d_model, channels)
@@ -108,8 +110,10 @@ class VisionTransformer(nn.Module):
             self.dist_token = nn.Parameter(torch.zeros(1, 1, d_model))
             self.head_dist = nn.Linear(d_model, n_cls)
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, d_model))
-        self.blocks = make_blocks(n_layers, d_model, n_heads, d_ff, dropout, drop_path_rate)
-        self.norm = LayerNorm(d_model)
+        self.blocks = make_blocks(
+            n_layers, d_model, n_heads, d_ff, dropout, drop_path_rate, norm_eps
+        )
+        self.norm = LayerNorm(d_model, norm_eps)
         self.head = nn.Linear(d_model, n_cls)
 
         nn.init.trunc_normal_(self.pos_embed, std=0.02)

@@ -296,6 +296,7 @@ def describe(encoder: nn.Module, decoder: nn.Module, n_cls: int) -> SegmenterCon
             distilled=bool(encoder.distilled),
             dropout=encoder.dropout.p,
             drop_path_rate=_last_drop_path(encoder.blocks),
+            norm_eps=encoder.norm.eps,
             decoder="mask_transformer" if mask else "linear",
             decoder_n_layers=decoder.n_layers if mask else 0,
             decoder_dropout=decoder.blocks[0].attn.attn_drop.p if mask else 0.0,

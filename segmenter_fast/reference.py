@@ -23,10 +23,10 @@ def linear(x: Tensor, p: State, name: str) -> Tensor:
     return F.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
 
 
-def layer_norm(x: Tensor, p: State, name: str) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-5), scaled and shifted, over the last dimension."""
+def layer_norm(x: Tensor, p: State, name: str, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps), scaled and shifted, over the last dimension."""
     weight, bias = p[f"{name}.weight"], p[f"{name}.bias"]
-    return F.layer_norm(x, weight.shape, weight, bias, eps=1e-5)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 def attention(x: Tensor, p: State, name: str, heads: int) -> tuple[Tensor, Tensor]:
@@ -39,10 +39,10 @@ def attention(x: Tensor, p: State, name: str, heads: int) -> tuple[Tensor, Tenso
     return linear(out, p, f"{name}.proj"), weights
 
 
-def block(x: Tensor, p: State, name: str, heads: int) -> Tensor:
+def block(x: Tensor, p: State, name: str, heads: int, eps: float = 1e-5) -> Tensor:
     """Equations 1 and 2: a = MSA(LN(x)) + x, then MLP(LN(a)) + a."""
-    x = x + attention(layer_norm(x, p, f"{name}.norm1"), p, f"{name}.attn", heads)[0]
-    hidden = F.gelu(linear(layer_norm(x, p, f"{name}.norm2"), p, f"{name}.mlp.fc1"))
+    x = x + attention(layer_norm(x, p, f"{name}.norm1", eps), p, f"{name}.attn", heads)[0]
+    hidden = F.gelu(linear(layer_norm(x, p, f"{name}.norm2", eps), p, f"{name}.mlp.fc1"))
     return x + linear(hidden, p, f"{name}.mlp.fc2")
 
 
@@ -70,8 +70,8 @@ def encoder(images: Tensor, p: State, config: SegmenterConfig) -> Tensor:
     """Section 3.1: (B, 3, H, W) to patch tokens (B, N, D)."""
     x = embed(images, p, config)
     for i in range(config.n_layers):
-        x = block(x, p, f"encoder.blocks.{i}", config.n_heads)
-    return layer_norm(x, p, "encoder.norm")[:, 1 + config.distilled :]
+        x = block(x, p, f"encoder.blocks.{i}", config.n_heads, config.norm_eps)
+    return layer_norm(x, p, "encoder.norm", config.norm_eps)[:, 1 + config.distilled :]
 
 
 def decoder_tokens(x: Tensor, p: State) -> Tensor:
@@ -136,9 +136,11 @@ def encoder_attention(images: Tensor, p: State, config: SegmenterConfig, layer: 
     """(B, heads, E + N, E + N) softmax of an encoder block."""
     x = embed(images, p, config)
     for i in range(layer):
-        x = block(x, p, f"encoder.blocks.{i}", config.n_heads)
+        x = block(x, p, f"encoder.blocks.{i}", config.n_heads, config.norm_eps)
     name = f"encoder.blocks.{layer}"
-    return attention(layer_norm(x, p, f"{name}.norm1"), p, f"{name}.attn", config.n_heads)[1]
+    return attention(
+        layer_norm(x, p, f"{name}.norm1", config.norm_eps), p, f"{name}.attn", config.n_heads
+    )[1]
 
 
 def decoder_attention(images: Tensor, p: State, config: SegmenterConfig, layer: int) -> Tensor:

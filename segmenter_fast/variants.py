@@ -114,6 +114,7 @@ def create_model_from_config(config: SegmenterConfig, backend: str = "auto") -> 
         dropout=config.dropout,
         drop_path_rate=config.drop_path_rate,
         distilled=config.distilled,
+        norm_eps=config.norm_eps,
     )
     if config.decoder == "linear":
         decoder = DecoderLinear(config.n_cls, config.patch_size, config.d_model)
