@@ -92,7 +92,13 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, mlp_dim: int, dropout: float, drop_path: float, eps: float
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        dropout: float,
+        drop_path: float,
+        eps: float = 1e-5,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)

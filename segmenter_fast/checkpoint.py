@@ -307,14 +307,19 @@ def _check_archive(path: Path) -> None:
                 raise CheckpointError(f"{path}: record {record.filename!r} is compressed")
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: damaged, or another kind of file.
+    """
     try:
         return load_file(path)
     except (SafetensorError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged, or not safetensors ({error})") from error
 
 
-def _check_tensors(path: Path, state_dict: Any) -> dict[str, Tensor]:
+def check_tensors(path: Path, state_dict: Any) -> dict[str, Tensor]:
     """Plain named tensors whose values are really in the file."""
     if not isinstance(state_dict, Mapping) or not state_dict:
         raise CheckpointError(f"{path}: expected named tensors, got {type(state_dict).__name__}")
@@ -336,12 +341,12 @@ def _check_tensors(path: Path, state_dict: Any) -> dict[str, Tensor]:
 def _read(files: Files) -> tuple[SegmenterConfig, dict[str, Tensor]]:
     if files.weights.suffix == ".safetensors":
         config = read_config(files.config)
-        return config, _check_tensors(files.weights, _read_safetensors(files.weights))
+        return config, check_tensors(files.weights, read_safetensors(files.weights))
     content = read_pth(files.weights)
     if "model" not in content:
         raise CheckpointError(
             f"{files.weights}: no entry 'model'; an official checkpoint has model, optimizer and "
-            f"n_cls, this one has {_some(map(str, content))}"
+            f"n_cls, this one has {some(map(str, content))}"
         )
     n_cls = content.get("n_cls")
     config = read_variant(files.config, n_cls=n_cls)
@@ -349,13 +354,14 @@ def _read(files: Files) -> tuple[SegmenterConfig, dict[str, Tensor]]:
         raise CheckpointError(
             f"{files.weights} has {n_cls} classes but {files.config} says {config.n_cls}"
         )
-    return config, _check_tensors(files.weights, content["model"])
+    return config, check_tensors(files.weights, content["model"])
 
 
 # --- Comparing weights with a model --------------------------------------------------------------
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first of many names, for a message."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
@@ -389,15 +395,16 @@ def check_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None
         ],
     }
     if not any(problems.values()):
-        problems["with NaN or infinite values"] = _non_finite({n: state_dict[n] for n in floats})
-    lines = [f"  {kind}: {_some(names)}" for kind, names in problems.items() if names]
+        problems["with NaN or infinite values"] = non_finite({n: state_dict[n] for n in floats})
+    lines = [f"  {kind}: {some(names)}" for kind, names in problems.items() if names]
     if lines:
         raise CheckpointError(
             "the weights do not fit the model; nothing was loaded\n" + "\n".join(lines)
         )
 
 
-def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
@@ -737,10 +744,10 @@ def save_pretrained(
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    broken = _non_finite(tensors)
+    broken = non_finite(tensors)
     if broken:
         raise CheckpointError(
-            f"not saved: NaN or infinite values{f' in {dtype}' if dtype else ''}: {_some(broken)}"
+            f"not saved: NaN or infinite values{f' in {dtype}' if dtype else ''}: {some(broken)}"
         )
 
     def write_weights(path: Path) -> None:

@@ -1006,36 +1006,33 @@ def _run_length(ctx: typer.Context, steps: int | None, epochs: float | None) -> 
 
 
 def _starting_model(
-    variant: str | None, init: str | None, num_classes: int, changes: dict[str, Any], backend: str
+    variant: str | None,
+    weights,
+    num_classes: int,
+    changes: dict[str, Any],
+    backend: str,
+    talks: bool,
 ):
-    """A fresh model, or one that starts from weights at another crop size and set of classes."""
-    from segmenter_fast.encoder import resize_pos_embed
-    from segmenter_fast.model import SegmenterModel
+    """A fresh model; with weights, one that starts from them, and is like theirs unless named."""
+    from segmenter_fast.foreign import config_of
+    from segmenter_fast.pretrained import fit
     from segmenter_fast.variants import create_model, create_model_from_config
 
     image_size = changes.pop("image_size")
-    if init is None:
-        return create_model(variant, num_classes, image_size or 512, backend=backend, **changes)
-    loaded = SegmenterModel.from_pretrained(init, num_classes=num_classes)
-    if variant is not None and variant != loaded.config.variant:
-        raise ValueError(
-            f"--init {init} is a {loaded.config.variant}, not the {variant} of --model: leave "
-            "--model out"
-        )
-    if image_size is not None and image_size != loaded.config.image_size:
-        window = {"window_size": min(image_size), "window_stride": min(image_size)}
-        changes = window | changes | {"image_size": image_size}
-    config = loaded.config.replace(**changes)
-    model = create_model_from_config(config, backend=backend)
-    weights = loaded.state_dict()
-    if config.grid_size != loaded.config.grid_size:
-        weights["encoder.pos_embed"] = resize_pos_embed(
-            weights["encoder.pos_embed"],
-            loaded.config.grid_size,
-            config.grid_size,
-            model.encoder.num_extra_tokens,
-        )
-    model.load_state_dict(weights)
+    if variant is not None:
+        model = create_model(variant, num_classes, image_size or 512, backend=backend, **changes)
+    else:
+        config = config_of(weights)
+        if image_size is not None and image_size != config.image_size:
+            window = {"window_size": min(image_size), "window_stride": min(image_size)}
+            changes = window | changes | {"image_size": image_size}
+        changes |= {"n_cls": num_classes}
+        model = create_model_from_config(config.replace(**changes), backend=backend)
+    if weights is not None:
+        report, values = fit(model, weights)
+        model.load_state_dict(values)
+        if talks:
+            typer.echo(report)
     return model
 
 
@@ -1095,7 +1092,10 @@ def train(
     init: Annotated[
         str | None,
         _network(
-            metavar="NAME|PATH", help="Weights to start from, instead of --model and random ones."
+            metavar="NAME|PATH",
+            help="Weights to start from: any that 'predict' takes, of any number of classes; or a "
+            "file with a ViT or DeiT of timm (.pth, .safetensors), a ViT of Google (.npz), a "
+            "Segmenter of MMSegmentation. Without --model the model is theirs.",
         ),
     ] = None,
     image_size: Annotated[
@@ -1281,7 +1281,7 @@ def train(
     import torch
 
     from segmenter_fast import distributed
-    from segmenter_fast.checkpoint import load_checkpoint
+    from segmenter_fast.foreign import read_weights
     from segmenter_fast.train import TrainOptions
     from segmenter_fast.train import train as run
 
@@ -1291,11 +1291,12 @@ def train(
         distributed.join(launch, chosen)
     talks = distributed.rank() == 0
 
-    known, scene = None, crop or (512, 512)
+    weights, known, scene = None, None, crop or (512, 512)
     if init is not None:
         with distributed.one_goes_first(launch):
-            start = load_checkpoint(init)[0]
-        known, scene = _classes_of(start), crop or start.image_size
+            weights = read_weights(init)
+        if weights.config is not None:
+            known, scene = _classes_of(weights.config), crop or weights.config.image_size
     train_set = data.split("train", count, scene, known)
     val_set = data.split("val", val_count, scene, known)
     if epochs is not None:
@@ -1345,7 +1346,9 @@ def train(
         changes["short_side"] = None if shorter == "original" else shorter
 
     torch.manual_seed(seed)  # of the initialisation
-    network = _starting_model(model, init, train_set.num_classes, changes, backend.value).to(chosen)
+    network = _starting_model(
+        model, weights, train_set.num_classes, changes, backend.value, talks
+    ).to(chosen)
     train_set = _in_memory(train_set, in_memory, options.steps * batch_size)
     val_set = _in_memory(val_set, in_memory, len(val_set) * (options.steps // save_every))
     if resume:
@@ -1556,6 +1559,56 @@ def _protocol_text(used: dict[str, Any]) -> str:
             else f"shorter side {used['short_side']} pixels",
         )
     )
+
+
+# --- convert -------------------------------------------------------------------------------------
+
+
+@app.command()
+@_reported
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A whole Segmenter: MMSegmentation's .pth, or any --weights.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for config.json and model.safetensors.")],
+    heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the encoder's attention. One for 64 channels unless known."),
+    ] = None,
+    class_names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|DATASET",
+            help="A text file with one class name per line, a JSON list of (name, (r, g, b)), or "
+            "ade20k, cityscapes, pascal_context. Those of the checkpoint unless given.",
+        ),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Turn a checkpoint of another library into a folder for --weights.
+
+    \b
+    segmenter-fast convert segmenter_vit-b_mask_8x1_512x512_160k_ade20k.pth runs/mmseg \\
+        --class-names ade20k
+    """  # noqa: D301
+    names = None if class_names is None else _read_classes(class_names)
+
+    from segmenter_fast.pretrained import load_whole
+
+    model = load_whole(checkpoint, heads)
+    if names is not None:
+        if len(names.names) != model.n_cls:
+            raise _usage(
+                "--class-names", f"{len(names.names)} names for a model of {model.n_cls} classes"
+            )
+        model.config = model.config.replace(class_names=names.names, palette=names.palette)
+    model.save_pretrained(output)
+    config = model.config
+    what = config.variant or (
+        f"{config.n_layers} layers, width {config.d_model}, {config.n_heads} heads, "
+        f"{config.decoder}, patch {config.patch_size}"
+    )
+    typer.echo(f"{what}, {config.n_cls} classes, crop {config.image_size}: written to {output}")
 
 
 # --- demo ----------------------------------------------------------------------------------------

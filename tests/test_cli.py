@@ -104,7 +104,8 @@ def test_help_does_not_load_torch(command):
 
 
 @pytest.mark.parametrize(
-    "command", ["info", "predict", "prepare", "train", "plot", "evaluate", "demo", "zoo"]
+    "command",
+    ["info", "predict", "prepare", "train", "plot", "evaluate", "convert", "demo", "zoo"],
 )
 def test_help_names_every_command_and_gives_examples(command):
     assert command in run("--help")
@@ -532,7 +533,7 @@ def test_train_on_a_folder_from_weights(weights):
         "train", "--init", weights, "--model", "Seg-B/16", "--dataset", "folder", "--root", root,
         "-o", "other", status=1,
     )  # fmt: skip
-    assert "not the Seg-B/16 of --model" in text
+    assert "does not fit a model of 12 layers, width 768, linear (Seg-B/16)" in text
 
 
 def test_class_names_of_folders(weights):
