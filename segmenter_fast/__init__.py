@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from segmenter_fast.backend import BackendError
     from segmenter_fast.checkpoint import CheckpointError
     from segmenter_fast.config import SegmenterConfig
+    from segmenter_fast.conversion import convert
     from segmenter_fast.inference import predict
     from segmenter_fast.model import SegmenterModel
     from segmenter_fast.ops.confusion import upsample_confusion
@@ -27,6 +28,7 @@ _HOME = {
     "PatchLogits": "patch_logits",
     "SegmenterConfig": "config",
     "SegmenterModel": "model",
+    "convert": "conversion",
     "create_model": "variants",
     "list_variants": "variants",
     "predict": "inference",

@@ -503,7 +503,7 @@ def test_damaged_and_hostile_files(tmp_path, monkeypatch):
     refused(tiny(), tmp_path / "short.npz", "damaged, or not an .npz")
     with monkeypatch.context() as patch:
         patch.setattr(foreign, "MAX_ARRAY_BYTES", 2**12)
-        refused(tiny(), tmp_path / "whole.npz", r"larger than any weight: Transformer/encoderbl")
+        refused(tiny(), tmp_path / "whole.npz", "larger than any weight: ")
     torch.save({"state_dict": {"a": torch.ones(2)}, "meta": Path("x")}, tmp_path / "log.pth")
     refused(tiny(), tmp_path / "log.pth", "refused, and nothing in it was run.*leaves the weights")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
