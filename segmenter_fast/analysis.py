@@ -48,27 +48,37 @@ def whole_view(model: SegmenterModel, image, short_side: int | str | None = None
     return network_input(model, image, short_side)[0]
 
 
-def patch_at(pixel: tuple[int, int], size: tuple[int, int], grid: tuple[int, int]) -> int:
-    """Number of the patch that holds a pixel of a picture.
+class PatchGrid(NamedTuple):
+    """Where the patches of a view lie on its picture, whatever the picture's size.
 
     Args:
-        pixel: (x, y) from the upper left corner, in pixels of the picture.
-        size: (H, W) of the picture.
-        grid: rows and columns of patches that show all of it.
-
-    Returns:
-        Index in row-major order.
-
-    Raises:
-        ValueError: the pixel is outside of the picture.
+        rows, columns: number of patches.
+        height, width: of a patch, as shares of the picture's. The last row and column reach past
+            the picture where its view is not a whole number of patches.
     """
-    (x, y), (height, width), (rows, columns) = pixel, size, grid
-    if not (0 <= x < width and 0 <= y < height):
-        raise ValueError(
-            f"pixel {x},{y} is outside of the picture: x must be in [0, {width}) and y in "
-            f"[0, {height})"
+
+    rows: int
+    columns: int
+    height: float
+    width: float
+
+    @classmethod
+    def of(cls, view: Tensor, patch_size: int) -> "PatchGrid":
+        """The grid of a (1, 3, h, w) view."""
+        height, width = view.shape[2:]
+        return cls(
+            *whole_patches((height, width), patch_size), patch_size / height, patch_size / width
         )
-    return int((y + 0.5) / height * rows) * columns + int((x + 0.5) / width * columns)
+
+    def at(self, pixel: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+        """Row and column of the patch that holds pixel (x, y) of the picture of `size` (H, W)."""
+        (x, y), (height, width) = pixel, size
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(
+                f"pixel {x},{y} is outside of the picture: x must be in [0, {width}) and y in "
+                f"[0, {height})"
+            )
+        return int((y + 0.5) / height / self.height), int((x + 0.5) / width / self.width)
 
 
 # Attention --------------------------------------------------------------------------------------

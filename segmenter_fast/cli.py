@@ -1798,6 +1798,10 @@ def kernels(
         raise typer.Exit(1)
 
 
+# Last, because it takes the options and helpers above; it adds its commands to `app`.
+import segmenter_fast.cli_analysis  # noqa: E402, F401
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit status.
 
