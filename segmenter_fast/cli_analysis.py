@@ -144,7 +144,7 @@ def attention(
     alpha: Annotated[
         float,
         typer.Option(min=0.0, max=1.0, help="Strength of the colours; 0 is the picture in grey."),
-    ] = 0.75,
+    ] = 0.9,
     output: OutputOption = None,
     backend: BackendOption = Backend.auto,
     device: DeviceOption = "auto",
@@ -202,7 +202,7 @@ def attention(
     elif decoder:
         counts = model.labels(view).flatten().bincount(minlength=model.n_cls)
         order = counts.argsort(descending=True, stable=True)[:MAX_CLASSES].tolist()
-        classes = [number for number in order if counts[number]]
+        classes = [number for number in order if counts[number] >= 0.001 * counts.sum()]
         queries, source = [patches + number for number in classes], "each class, mean of the heads"
         what = "cls"
     else:

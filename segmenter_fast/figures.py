@@ -27,12 +27,11 @@ _HEAT = np.array(
     ],
     dtype=np.float64,
 )  # fmt: skip
+_DIM = 0.7
 _MARK = (0, 229, 255)
 _DIFFERENT = (230, 0, 126)
 _PAPER, _INK, _FAINT_INK, _RULE = "#ffffff", "#18181c", "#6e6e76", "#e4e4ea"
 _AROUND = [math.pi / 6 * turn for turn in (0, 3, 6, 9, 1, 5, 7, 11, 2, 4, 8, 10)]
-# Without a date, equal figures are equal files.
-_UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 SCALE_TOP = 0.995
 """Quantile of a map at which its colours end."""
 
@@ -46,20 +45,26 @@ def _heat(values: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(values, at, _HEAT[:, i]) for i in range(3)], axis=-1)
 
 
+def _painted(grey: np.ndarray, values: np.ndarray, alpha: float) -> np.ndarray:
+    """Colours over a darkened picture, which shows through where the values are small."""
+    cover = alpha * np.sqrt(values)[..., None]
+    return ((1 - cover) * _DIM * grey + cover * _heat(values) + 0.5).astype(np.uint8)
+
+
 def attention_overlay(
     image: Image.Image,
     weights: Tensor,
     grid: PatchGrid,
-    alpha: float = 0.75,
+    alpha: float = 0.9,
     patch: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """Lay attention over a picture: from dark for none to yellow for the most.
+    """Lay attention over a grey picture: from nothing over violet to yellow for the most.
 
     Args:
         image: RGB.
         weights: (rows, columns) attention to the patches.
         grid: where the patches lie.
-        alpha: strength of the colours in [0, 1]; the picture below them is grey.
+        alpha: cover of the strongest colours in [0, 1]; weaker ones are more transparent.
         patch: (row, column) to frame.
 
     Returns:
@@ -81,9 +86,8 @@ def attention_overlay(
     # Every pixel takes its own patch's value: nothing is smoothed.
     down = ((np.arange(image.height) + 0.5) / image.height / grid.height).astype(int)
     along = ((np.arange(image.width) + 0.5) / image.width / grid.width).astype(int)
-    heat = _heat(values)[down[:, None], along]
     grey = np.asarray(image.convert("L"), dtype=np.float64)[:, :, None]
-    page = Image.fromarray(((1 - alpha) * grey + alpha * heat + 0.5).astype(np.uint8))
+    page = Image.fromarray(_painted(grey, values[down[:, None], along], alpha))
     return page if patch is None else mark_patch(page, patch, grid)
 
 
@@ -106,9 +110,9 @@ def attention_page(
     maps: Sequence[tuple[str, Tensor]],
     grid: PatchGrid,
     title: str,
-    alpha: float = 0.75,
+    alpha: float = 0.9,
     patch: tuple[int, int] | None = None,
-    panel: int = 320,
+    panel: int = 400,
 ) -> Image.Image:
     """A picture followed by its attention maps, in rows.
 
@@ -174,12 +178,12 @@ def _scale_bar(alpha: float, width: int) -> Image.Image:
     """What the colours mean."""
     font = ImageFont.load_default(size=14)
     strip = Image.new("RGB", (width, 34), _PAPER)
-    bar = np.broadcast_to(_heat(np.linspace(0.0, 1.0, 160)), (12, 160, 3))
-    shown = alpha * bar + (1 - alpha) * 128
+    shades = np.broadcast_to(np.linspace(0.0, 1.0, 160), (12, 160))
+    bar = Image.fromarray(_painted(np.full((12, 160, 1), 128.0), shades, alpha))
     draw = ImageDraw.Draw(strip)
     left = 10 + math.ceil(font.getlength("0")) + 8
     draw.text((10, 15), "0", fill=_INK, font=font, anchor="lm")
-    strip.paste(Image.fromarray((shown + 0.5).astype(np.uint8)), (left, 9))
+    strip.paste(bar, (left, 9))
     text = f"{100 * SCALE_TOP:g}th percentile of each map"
     draw.text((left + 168, 15), text, fill=_INK, font=font, anchor="lm")
     return strip
@@ -211,9 +215,10 @@ def comparison_page(
         for name, map_ in zip(names, compared.labels, strict=True)
     ]
     grey = np.asarray(image.convert("L").convert("RGB"))
-    faint = (255 - (255 - grey.astype(np.uint16)) // 2).astype(np.uint8)
+    faint = 127.5 + 0.5 * grey
     same = compared.unanimous.numpy()
-    faint[~same] = _DIFFERENT
+    faint[~same] = 0.3 * grey[~same] + 0.7 * np.array(_DIFFERENT)
+    faint = faint.astype(np.uint8)
     panels.append((f"agree on {100 * same.mean():.1f} %", fit(faint)))
     shares = compared.counts.double() / same.size
     order = sorted(range(len(compared.class_names)), key=lambda k: -float(shares[:, k].sum()))
@@ -254,7 +259,7 @@ def _figure(width: float, height: float):
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_FAINT_INK)
-    axes.tick_params(colors=_FAINT_INK, labelcolor=_INK)
+    axes.tick_params(colors=_FAINT_INK, labelcolor=_INK, labelsize=9)
     axes.grid(color=_RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
@@ -266,8 +271,13 @@ def _save(figure, path: str | os.PathLike) -> None:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"no figure format is known for {path.name!r}; name it like 'name.png'")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=kind, metadata=_UNDATED.get(kind))
+    import matplotlib
+
+    # Neither dates nor random names: equal figures are equal files.
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+    salted = matplotlib.rc_context({"svg.hashsalt": "segmenter_fast"})
+    with replacing(path) as temporary, salted:
+        figure.savefig(temporary, format=kind, metadata=undated)
 
 
 def attended_area_figure(
@@ -316,7 +326,7 @@ def class_embedding_figure(
     Args:
         path: .png, .svg or .pdf to write.
         projection: of two dimensions at least; the first two are drawn.
-        class_names, palette: K names, K RGB colours.
+        class_names, palette: K names, of which the part before a comma is shown, and RGB colours.
         title: above the figure.
 
     Raises:
@@ -360,8 +370,8 @@ def _name_points(figure, axes, x, y, names: Sequence[str], size: float) -> None:
     taken = [(px - dot / 2, py - dot / 2, px + dot / 2, py + dot / 2) for px, py in places]
     for i, name in enumerate(names):
         text = axes.annotate(
-            name, (x[i], y[i]), (0, 0), textcoords="offset points", fontsize=size, color=_INK,
-            ha="center", va="center", zorder=4,
+            name.split(",")[0], (x[i], y[i]), (0, 0), textcoords="offset points", fontsize=size,
+            color=_INK, ha="center", va="center", zorder=4,
         )  # fmt: skip
         extent = text.get_window_extent(renderer)
         half = (extent.width * point / 2, extent.height * point / 2)
@@ -378,8 +388,10 @@ def _name_points(figure, axes, x, y, names: Sequence[str], size: float) -> None:
         taken.append(box)
         text.set_position((dx, dy))
         if ring > 1:
+            # A line from the point to the edge of the name, not through it.
+            short = 1 - min(h / abs(d) for h, d in zip(half, (dx, dy), strict=True) if d)
             axes.annotate(
-                "", (x[i], y[i]), (dx, dy), textcoords="offset points", zorder=2,
+                "", (x[i], y[i]), (dx * short, dy * short), textcoords="offset points", zorder=2,
                 arrowprops={"arrowstyle": "-", "color": _FAINT_INK, "lw": 0.5},
             )  # fmt: skip
 

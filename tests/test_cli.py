@@ -83,7 +83,9 @@ def write_folder_dataset(root, names=None):
 # --- Help and errors -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["train"], ["prepare"], ["zoo", "download"]])
+@pytest.mark.parametrize(
+    "command", [[], ["predict"], ["train"], ["prepare"], ["attention"], ["zoo", "download"]]
+)
 def test_help_does_not_load_torch(command):
     """What makes `--help` quick: nothing heavy is imported for it."""
     code = (
@@ -102,7 +104,11 @@ def test_help_does_not_load_torch(command):
 
 
 @pytest.mark.parametrize(
-    "command", ["info", "predict", "prepare", "train", "evaluate", "demo", "zoo"]
+    "command",
+    [
+        *("info", "predict", "prepare", "train", "evaluate", "demo", "zoo"),
+        *("attention", "attended-area", "class-embeddings", "compare"),
+    ],
 )
 def test_help_names_every_command_and_gives_examples(command):
     assert command in run("--help")
