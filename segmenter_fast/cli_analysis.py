@@ -39,7 +39,7 @@ from segmenter_fast.cli import (
     app,
 )
 
-PANEL = "Analyses"
+HELP_PANEL = "Analyses"
 MAX_CLASSES = 11  # with the picture twelve panels: three rows of four
 
 ImageArgument = Annotated[Path, typer.Argument(metavar="IMAGE", help="Picture.")]
@@ -57,6 +57,9 @@ OutputOption = Annotated[
 JsonOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the numbers as JSON, too; replaces FILE."),
+]
+PanelOption = Annotated[
+    int, typer.Option(min=32, metavar="PIXELS", help="Longer side of each panel.")
 ]
 ViewOption = Annotated[
     str | None,
@@ -107,7 +110,7 @@ def _json_text(content: dict) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=HELP_PANEL)
 @_reported
 def attention(
     image: ImageArgument,
@@ -145,6 +148,7 @@ def attention(
         float,
         typer.Option(min=0.0, max=1.0, help="Strength of the colours; 0 is the picture in grey."),
     ] = 0.9,
+    panel: PanelOption = 400,
     output: OutputOption = None,
     backend: BackendOption = Backend.auto,
     device: DeviceOption = "auto",
@@ -231,7 +235,7 @@ def attention(
     title = f"{weights}, {part} layer {depth}: attention from the {source}"
     if decoder and cls:
         title = f"{weights}, {part} layer {depth}: attention from {source}; shares of the picture"
-    save_image(output, attention_page(picture, panels, grid, title, alpha, place))
+    save_image(output, attention_page(picture, panels, grid, title, alpha, place, panel))
     height, width = view.shape[2:]
     typer.echo(
         f"{title}\nseen at {height} x {width} pixels, {grid.rows} x {grid.columns} patches of "
@@ -239,7 +243,7 @@ def attention(
     )
 
 
-@app.command("attended-area", rich_help_panel=PANEL)
+@app.command("attended-area", rich_help_panel=HELP_PANEL)
 @_reported
 def attended_area(
     inputs: Annotated[
@@ -371,7 +375,7 @@ def attended_area(
     typer.echo(f"attention spread evenly: {uniform:.1f}\nwritten to {output} and {numbers}")
 
 
-@app.command("class-embeddings", rich_help_panel=PANEL)
+@app.command("class-embeddings", rich_help_panel=HELP_PANEL)
 @_reported
 def class_embeddings(
     weights: WeightsOption = "street",
@@ -441,7 +445,7 @@ def class_embeddings(
     typer.echo(f"{len(names)} classes; the axes show {shares} of the spread\nwritten to {output}")
 
 
-@app.command(rich_help_panel=PANEL)
+@app.command(rich_help_panel=HELP_PANEL)
 @_reported
 def compare(
     image: ImageArgument,
@@ -460,6 +464,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    panel: PanelOption = 480,
     output: OutputOption = None,
     json_file: JsonOption = None,
     backend: BackendOption = Backend.auto,
@@ -502,7 +507,7 @@ def compare(
         labels.append(predict(model, picture).cpu())
         configs.append(model.config)
     compared = compare_labels(labels, configs)
-    save_image(output, comparison_page(picture, chosen_weights, compared))
+    save_image(output, comparison_page(picture, chosen_weights, compared, panel))
 
     console = Console()
     table = Table(title="pixels of each class", title_justify="left")

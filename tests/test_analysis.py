@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -408,12 +409,12 @@ def test_compare_labels_rejects_what_cannot_be_compared():
 def test_overlay_paints_the_patch_where_it_is():
     grid = PatchGrid.of(torch.zeros(1, 3, 20, 30), 8)
     weights = torch.zeros(3, 4)
-    weights[1, 3] = 0.3
+    weights[0, 3] = 0.3
     grey = Image.new("RGB", (300, 200), (100, 100, 100))
     shown = np.asarray(attention_overlay(grey, weights, grid, alpha=1.0)).astype(int)
     bright = shown[:, :, 0] > 200
     expected = np.zeros((200, 300), dtype=bool)
-    expected[80:160, 240:] = True  # the last column reaches past the picture
+    expected[:80, 240:] = True  # the last column reaches past the picture
     assert (bright == expected).all()
     assert (shown[~expected] == 70).all()  # bare grey picture, darkened
     bare = np.asarray(attention_overlay(grey, weights, grid, alpha=0.0))
@@ -533,7 +534,10 @@ def run(*words, status=0):
 def test_attention_writes_beside_the_picture(here, options, name):
     text = run("attention", "pictures/0.png", "--weights", "mine", *options)
     assert name in text and "seen at 32 x 45 pixels, 4 x 6 patches of 8" in text
-    assert Image.open(here / "pictures" / name).width > 400
+    large = Image.open(here / "pictures" / name).width
+    assert large > 400
+    run("attention", "pictures/0.png", "--weights", "mine", *options, "--panel", 100)
+    assert Image.open(here / "pictures" / name).width < large
     assert len(list((here / "pictures").iterdir())) == 4
 
 
@@ -541,7 +545,7 @@ def test_attention_shows_the_rows_that_were_asked_for(here, monkeypatch):
     """From pixel to token, past the class and distillation tokens, and into the page."""
     shown = {}
 
-    def draw(image, maps, grid, title, alpha, patch):
+    def draw(image, maps, grid, title, alpha, patch, panel):
         shown.update(maps=maps, patch=patch)
         return image
 
@@ -667,6 +671,8 @@ def test_compare(here, words):
         assert content["pixels"][name] == [int((map_ == number).sum()) for map_ in labels]
     assert f"agree on {100 * same:.2f} %" in text
     assert Image.open("pictures/0.compare.png").height > 40
+    run("compare", "pictures/0.png", *words, "--panel", 32)
+    assert Image.open("pictures/0.compare.png").height < 200
 
 
 def test_compare_of_three(here):
@@ -684,3 +690,20 @@ def test_diagrams_say_what_to_install(here, monkeypatch):
         assert 'pip install "segmenter_fast[plot]"' in text
     run("attention", "pictures/0.png", "-w", "mine", "--cls")  # needs pillow alone
     run("compare", "pictures/0.png", "-w", "mine", "other")
+
+
+def test_the_page_of_the_manual(tmp_path, monkeypatch):
+    """Its commands run as they are written, and draw pictures of the size that it shows."""
+    monkeypatch.chdir(tmp_path)
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    page = (docs / "analyses.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    commands = [
+        line.split()[1:] for line in page.splitlines() if line.startswith("segmenter-fast ")
+    ]
+    drawn = [words[words.index("--output") + 1] for words in commands]
+    assert drawn == re.findall(r"!\[.*?\]\((.*?)\)", page) and len(drawn) == 4
+    for words, name in zip(commands, drawn, strict=True):
+        run(*words)
+        assert Image.open(name).size == Image.open(docs / name).size
+        assert (docs / name).stat().st_size < 300_000
