@@ -33,9 +33,9 @@ def whole_view(model: SegmenterModel, image, short_side: int | str | None = None
         model: a `SegmenterModel`.
         image: a picture or network input, as `predict` takes it.
         short_side: pixels to which the shorter side is resized, the longer in proportion;
-            "original" leaves it. None is the weights' window, so that a patch covers as much of the
-            network's view as in a window, else their short side, else the picture's own size;
-            network input is left as it is.
+            "original" leaves it. None is the weights' window, so that as many patches lie along it
+            as in training, else their short side, else the picture's own size; network input is
+            left as it is.
 
     Returns:
         (1, 3, h, w), normalised, on the model's device in its dtype.
@@ -319,7 +319,7 @@ def class_embedding_projection(
     with evaluation_mode(model):
         view = whole_view(model, image, short_side)
         _, classes = model.decoder.embeddings(_features(model, view))
-    return svd_projection(F.normalize(classes[0].double().cpu(), dim=-1), dimensions)
+    return svd_projection(F.normalize(classes[0].cpu().double(), dim=-1), dimensions)
 
 
 # Label maps -------------------------------------------------------------------------------------

@@ -1799,7 +1799,7 @@ def kernels(
 
 
 # Last, because it takes the options and helpers above; it adds its commands to `app`.
-import segmenter_fast.cli_analysis  # noqa: E402, F401
+import segmenter_fast.cli_analysis  # noqa: E402
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -1812,4 +1812,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(segmenter_fast.cli.main())  # of the copy that has all commands

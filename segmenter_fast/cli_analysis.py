@@ -67,8 +67,8 @@ ViewOption = Annotated[
         "--short-side",
         metavar="PIXELS|original",
         help="The network sees the whole picture at once, its shorter side resized to this; "
-        "'original' leaves it. The side of the weights' sliding window unless given, so that "
-        "patches are as large as in prediction.",
+        "'original' leaves it. The side of the weights' sliding window unless given: then as many "
+        "patches lie along it as in training.",
     ),
 ]
 
@@ -249,7 +249,7 @@ def attended_area(
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[IMAGE|FOLDER...]", help="Pictures, or folders of them.", show_default=False
+            metavar="IMAGE|FOLDER", help="Pictures, or folders of them.", show_default=False
         ),
     ] = None,
     weights: WeightsOption = "street",
@@ -288,7 +288,7 @@ def attended_area(
 
     The mean distance between a patch and what it attends to, weighted by the
     attention, over patches and images; in pixels of what the network sees.
-    Needs matplotlib: pip install "segmenter_fast[plot]".
+    Needs matplotlib, which the extra 'plot' brings.
 
     \b
     segmenter-fast attended-area photos --weights street
@@ -343,8 +343,7 @@ def attended_area(
 
     distances = mean_attention_distance(model, views())
     grids = [whole_patches(size, model.patch_size) for size in sizes]
-    uniform = [uniform_attention_distance(grid, model.patch_size) for grid in grids]
-    uniform = sum(uniform) / len(uniform)
+    uniform = sum(uniform_attention_distance(g, model.patch_size) for g in grids) / len(grids)
     many = f"{len(sizes)} image{'s' * (len(sizes) != 1)}"
     seen = sorted(set(sizes))
     at = f"{seen[0][0]} x {seen[0][1]}" if len(seen) == 1 else f"{len(seen)} sizes"
@@ -404,7 +403,7 @@ def class_embeddings(
 
     The embeddings less their mean, projected on their first two singular
     directions. Classes that lie together are alike to the network. Needs
-    matplotlib: pip install "segmenter_fast[plot]".
+    matplotlib, which the extra 'plot' brings.
 
     \b
     segmenter-fast class-embeddings --weights Seg-B-Mask/16
@@ -427,8 +426,8 @@ def class_embeddings(
     picture = None if image is None else load_image(image)
     model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
     projection = class_embedding_projection(model, picture, side)
-    names, palette = _classes_of(model.config)
-    palette = palette or default_palette(len(names))
+    names, known_palette = _classes_of(model.config)
+    palette = known_palette or default_palette(len(names))
     state = "learnt" if image is None else f"after the decoder, for {image.name}"
     class_embedding_figure(
         output, projection, names, palette, f"Class embeddings, {state}: {weights}"
@@ -451,7 +450,7 @@ def compare(
     image: ImageArgument,
     more: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME|PATH...]", help="More weights.", show_default=False),
+        typer.Argument(metavar="NAME|PATH", help="More weights.", show_default=False),
     ] = None,
     weights: Annotated[
         list[str] | None,
