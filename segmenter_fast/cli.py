@@ -1798,7 +1798,7 @@ def kernels(
         raise typer.Exit(1)
 
 
-# Last, because it takes the options and helpers above; it adds its commands to `app`.
+# Last, because it takes options and functions from above; it adds its commands to `app`.
 import segmenter_fast.cli_analysis  # noqa: E402
 
 
