@@ -62,7 +62,7 @@ def test_ade20k_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no ADE20K in .*segmenter-fast prepare ade20k"):
         ADE20K(tmp_path)
     folder = write_ade20k(tmp_path)
-    with pytest.raises(ValueError, match='must be "train" or "val", got \'training\''):
+    with pytest.raises(ValueError, match='must be "train", "val" or "test", got \'training\''):
         ADE20K(tmp_path, "training")
     label_map(folder / "annotations/training/ADE_train_00000002.png", [3] * 7 + [151])
     with pytest.raises(
