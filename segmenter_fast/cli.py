@@ -1519,7 +1519,10 @@ def evaluate(
     options = _protocol(window_size, window_stride, short_side, scales, flip, batch_size)
     areas = None
     if object_areas != "none":
-        areas = _numbers("--object-areas", object_areas, int, "two numbers of pixels, or 'none'")
+        expected = "two numbers of pixels in order, such as 1024,9216, or 'none'"
+        areas = _numbers("--object-areas", object_areas, int, expected)
+        if len(areas) != 2 or not 0 < areas[0] <= areas[1]:
+            raise _usage("--object-areas", f"expected {expected}, got {object_areas!r}")
     data = Data(
         dataset,
         root,
