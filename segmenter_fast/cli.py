@@ -1609,8 +1609,9 @@ def evaluate(
     if not talks:
         return
 
+    part = "" if len(chosen_samples) == len(samples) else f" (of {len(samples)})"
     where = (
-        f"of {weights} on {dataset.value}, split {split}, {result['images']} images, "
+        f"of {weights} on {dataset.value}, split {split}, {result['images']} images{part}, "
         f"{result['images_per_second']:.2f} images/s with reading and counting"
     )
     if labelled:
@@ -1625,6 +1626,7 @@ def evaluate(
             "dataset": dataset.value,
             "root": None if root is None else str(root),
             "split": split,
+            "images_of_split": len(samples),
             "protocol": used._asdict() | {"batch_size": batch_size},
             **_machine(backend.value, chosen, launch),
             **_as_json(result, names, areas),

@@ -259,6 +259,7 @@ def test_train_and_evaluate_by_name(tmp_path, kind, write, classes, name):
     config = SegmenterModel.from_pretrained(f"{run}/best").config
     assert config.n_cls == classes and config.dataset == kind.replace("-", "_")
     assert name in config.class_names and len(config.palette) == classes
-    result = CliRunner().invoke(app, ["evaluate", *data, "-w", f"{run}/best"])
+    words = ["evaluate", *data, "-w", f"{run}/best", "--protocol", "weights"]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert name in result.output and f"{kind}, split val" in result.output

@@ -230,7 +230,7 @@ def test_json_holds_everything_a_number_depends_on():
         "weights", "variant", "dataset", "root", "split", "protocol", "backend", "device",
         "device_name", "threads", "processes", "versions", "miou", "pixel_accuracy",
         "mean_accuracy", "frequency_weighted_iou", "iou", "images", "seconds", "images_per_second",
-        "confusion", "objects", "warning",
+        "confusion", "objects", "warning", "images_of_split",
     } == result.keys()  # fmt: skip
     assert result["protocol"] == {
         "name": "weights", "changed": [], "window_size": 32, "window_stride": 16, "scales": [1.0],
@@ -360,7 +360,8 @@ def test_ade20k_submission():
     root = write_ade20k(Path("data"), val=2)
     words = ("-w", saved("ade20k"), "--dataset", "ade20k", *SMALL)
     text = run(*words, "--root", "data", "--limit", 1, "--submission", "val")
-    assert "mIoU" in text and [p.name for p in Path("val").iterdir()] == ["ADE_val_00000001.png"]
+    assert "mIoU" in text and "1 images (of 2)" in text
+    assert [p.name for p in Path("val").iterdir()] == ["ADE_val_00000001.png"]
     with Image.open("val/ADE_val_00000001.png") as image:
         written = np.array(image)
     source = root / "images/validation/ADE_val_00000001.jpg"
