@@ -1,7 +1,8 @@
 """Mean intersection over union of a model on a dataset."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,23 +21,44 @@ from segmenter_fast.metrics import (
 )
 from segmenter_fast.object_size import SIZES, check_areas, object_sizes
 from segmenter_fast.ops.confusion import confusion_matrix
+from segmenter_fast.ops.upsample import check_labels
 
 
 class _Samples(Dataset):
-    """Some samples of a dataset, with the size of each pixel's object if `areas` are given."""
+    """Some samples of a dataset; with `areas`, labels are numbered on for each size of objects.
 
-    def __init__(self, dataset, indices: Sequence[int], ignore_index: int, areas):
+    Class k in a small object is k, in a medium one `classes` + k, in a large one 2 `classes` + k,
+    and what is ignored is -1, so that one count is of all sizes.
+    """
+
+    def __init__(self, dataset, indices: Sequence[int], classes: int, ignore_index: int, areas):
         self.dataset, self.indices = dataset, indices
-        self.ignore_index, self.areas = ignore_index, areas
+        self.classes, self.ignore_index, self.areas = classes, ignore_index, areas
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, number: int):
+    def __getitem__(self, number: int) -> tuple[int, Tensor, Tensor, Tensor | int]:
         index = self.indices[number]
         image, target = self.dataset[index]
-        sizes = None if self.areas is None else object_sizes(target, self.ignore_index, self.areas)
-        return index, image, target, sizes
+        if self.areas is None:
+            return index, image, target, 0
+        ignored = target == self.ignore_index
+        with _naming(self.dataset, index):
+            check_labels(target.masked_fill(ignored, 0), self.classes, self.ignore_index)
+        sizes, objects = object_sizes(target, self.ignore_index, self.areas)
+        numbered = target + self.classes * sizes.int()
+        return index, image, numbered.masked_fill_(ignored, -1), objects
+
+
+@contextlib.contextmanager
+def _naming(dataset, index: int) -> Iterator[None]:
+    """Put the name of the sample before what is wrong with it."""
+    try:
+        yield
+    except ValueError as error:
+        where = picture_of(dataset, index) or f"image {index}"
+        raise ValueError(f"{where}: {error}") from error
 
 
 def picture_of(dataset, index: int) -> Path | None:
@@ -106,32 +128,24 @@ def evaluate(
         object_areas = check_areas(object_areas)
     check_weights(model)
     device, classes = next(model.parameters()).device, model.n_cls
-    # One layer for each size; without sizes there is one.
     layers = 1 if object_areas is None else len(SIZES)
     total = torch.zeros(layers, classes, classes, dtype=torch.int64)
     objects = torch.zeros(layers, dtype=torch.int64)
 
     first, step = (rank(), world_size()) if shared else (0, 1)
-    part = _Samples(dataset, range(first, len(dataset), step), ignore_index, object_areas)
+    indices = range(first, len(dataset), step)
+    part = _Samples(dataset, indices, classes, ignore_index, object_areas)
     # A generator of its own: training that goes on afterwards draws what it would have drawn.
     loader = DataLoader(part, batch_size=None, num_workers=workers, generator=torch.Generator())
+    ignored = ignore_index if layers == 1 else -1
     started = time.perf_counter()
     bar = tqdm(loader, desc="evaluate", unit="image", disable=not progress)
-    for index, image, target, sized in bar:
-        try:
+    for index, image, target, of_each_size in bar:
+        with _naming(dataset, index):
             labels = predict(model, image.to(device), **protocol).cpu()
-            if sized is None:
-                total += confusion_matrix(labels, target, classes, ignore_index)
-            else:
-                sizes, count = sized
-                objects += count
-                target = target.int()  # which holds any ignore_index
-                for size in range(layers):
-                    of_size = target.masked_fill(sizes != size, ignore_index)
-                    total[size] += confusion_matrix(labels, of_size, classes, ignore_index)
-        except ValueError as error:
-            where = picture_of(dataset, index) or f"image {index}"
-            raise ValueError(f"{where}: {error}") from error
+            counts = confusion_matrix(labels, target, layers * classes, ignored)
+        total += counts[:, :classes].view(layers, classes, classes)
+        objects += of_each_size
         if each is not None:
             each(index, labels)
         if progress and total.any():
