@@ -120,7 +120,7 @@ WindowSizeOption = Annotated[
     typer.Option(
         metavar="PIXELS|whole",
         help="Side of the sliding window; 'whole' shows the network the whole image at once. "
-        "The weights' own unless given.",
+        "Unless given, the weights' own; in 'evaluate' the protocol's.",
     ),
 ]
 WindowStrideOption = Annotated[
@@ -128,7 +128,8 @@ WindowStrideOption = Annotated[
     typer.Option(
         min=1,
         metavar="PIXELS",
-        help="Step of the sliding window, at most its size. The weights' own unless given.",
+        help="Step of the sliding window, at most its size. Unless given, the weights' own; in "
+        "'evaluate' the protocol's.",
     ),
 ]
 ShortSideOption = Annotated[
@@ -136,7 +137,8 @@ ShortSideOption = Annotated[
     typer.Option(
         metavar="PIXELS|original",
         help="Resize the image's shorter side to this first; 'original' leaves it. The weights' "
-        "own unless given. Label maps have the size of the image in any case.",
+        "own unless given, in 'evaluate' the protocol's. Label maps have the size of the image in any "
+        "case.",
     ),
 ]
 ScalesOption = Annotated[

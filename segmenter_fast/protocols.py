@@ -1,8 +1,9 @@
 """How pictures are resized and cut into windows when a model is measured: the protocols by name.
 
-The official code has two. Its training validates with the stride in its table, and its stand-alone
-evaluation with windows that overlap by 32 pixels; the published numbers are from the latter. Both
-keep each picture's ratio, resize without antialiasing, and compare at the label map's own size.
+The official code has two. Its training validates with the stride in its table; its stand-alone
+evaluation, the command for finished weights, with windows that overlap by 32 pixels. Both keep each
+picture's ratio, resize without antialiasing, and compare at the label map's own size. Only their
+rounding of resized pictures to 8 bits is left out here.
 """
 
 from fractions import Fraction
@@ -112,8 +113,8 @@ def protocol(
 
     Args:
         config: of the weights.
-        name: "train", "eval" or "weights"; None is "eval" for datasets in `OFFICIAL`, whose
-            published numbers it is, and else "weights".
+        name: "train", "eval" or "weights"; None is "eval" for datasets in `OFFICIAL` and else
+            "weights".
         dataset: a name as in `OFFICIAL`, or any other.
         window_size, window_stride, short_side: as in `predict`; instead of the protocol's.
         scales, flip: as in `predict`.
@@ -129,7 +130,7 @@ def protocol(
         raise ValueError(f"protocol must be one of {', '.join(NAMES)}; got {name!r}")
     given = {"window_size": window_size, "window_stride": window_stride, "short_side": short_side}
     changed = tuple(option for option, value in given.items() if value is not None)
-    official = OFFICIAL.get(dataset) if name != "weights" else None
+    official = OFFICIAL.get(dataset or "") if name != "weights" else None
 
     if window_size is None:
         window_size = config.window_size if name == "weights" else min(config.image_size)
