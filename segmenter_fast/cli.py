@@ -137,8 +137,8 @@ ShortSideOption = Annotated[
     typer.Option(
         metavar="PIXELS|original",
         help="Resize the image's shorter side to this first; 'original' leaves it. The weights' "
-        "own unless given, in 'evaluate' the protocol's. Label maps have the size of the image in any "
-        "case.",
+        "own unless given, in 'evaluate' the protocol's. Label maps have the size of the image in "
+        "any case.",
     ),
 ]
 ScalesOption = Annotated[
