@@ -2014,6 +2014,7 @@ def kernels(
 
 # Last, because it takes options and functions from above; it adds its commands to `app`.
 import segmenter_fast.cli_analysis  # noqa: E402
+import segmenter_fast.cli_tradeoff  # noqa: E402
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -23,11 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from segmenter_fast.checkpoint import load_checkpoint
 from segmenter_fast.config import SegmenterConfig
+from segmenter_fast.data.scenes import Scenes
 from segmenter_fast.files import replacing
 from segmenter_fast.published import published
 from segmenter_fast.variants import create_config, create_model_from_config
 
+SMALL_MODELS = Path(__file__).parent / "data" / "small_models.json"
 SIZES, PATCHES = "TSBL", (8, 16, 32)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTS = ("patch embedding", "attention", "linear layers", "head", "other")
@@ -105,6 +108,30 @@ def published_tasks(
             )
         )
     return tasks
+
+
+def small_tasks(precisions: Iterable[str]) -> list[Task]:
+    """The small models that this project trained on procedural scenes, with their mIoU.
+
+    Source: benchmarks/ablations.yaml and the results of `python -m benchmarks.ablations`.
+    """
+    tasks = []
+    known = json.loads(SMALL_MODELS.read_text(encoding="utf-8"))
+    for row, precision in itertools.product(known, precisions):
+        changes = dict(row["model"])
+        variant = changes.pop("variant")
+        config = create_config(variant, len(Scenes.class_names), tuple(row["size"]), **changes)
+        name = variant if "d_model" not in changes else f"{variant}, width {config.d_model}"
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
+        source = f"{row['seeds']} seeds{spread}, {row['steps']} steps on {row['scenes']} scenes"
+        tasks.append(Task(name, config, precision, row["miou"], "measured", source, "scenes"))
+    return tasks
+
+
+def weights_task(source: str, miou: float, dataset: str, protocol: str, precision: str) -> Task:
+    """Weights with an mIoU, in percent, that was measured by `evaluate`."""
+    config = load_checkpoint(source)[0]
+    return Task(source, config, precision, miou, "measured", protocol, dataset)
 
 
 def _random_model(task: Task, device: torch.device, backend: str):
