@@ -1,5 +1,7 @@
 """Transformer blocks with the official module and parameter names (segm/model/blocks.py)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -177,6 +179,16 @@ def make_blocks(
     """`n_layers` blocks whose stochastic depth rises linearly from 0 to `drop_path_rate`."""
     rates = [drop_path_rate * i / max(1, n_layers - 1) for i in range(n_layers)]
     return nn.ModuleList(Block(dim, heads, mlp_dim, dropout, rate, eps) for rate in rates)
+
+
+def layer_inputs(blocks: nn.ModuleList, x: Tensor) -> Iterator[tuple[Block, Tensor]]:
+    """Each block with the (B, N, D) tokens that enter it; a block runs when the next is asked for.
+
+    What looks into one layer after another holds the tokens of one layer this way.
+    """
+    for block in blocks:
+        yield block, x
+        x = block(x)
 
 
 def attention_map(blocks: nn.ModuleList, x: Tensor, layer_id: int) -> Tensor:

@@ -1867,6 +1867,10 @@ def kernels(
         raise typer.Exit(1)
 
 
+# Last, because it takes options and functions from above; it adds its commands to `app`.
+import segmenter_fast.cli_analysis  # noqa: E402
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit status.
 
@@ -1877,4 +1881,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(segmenter_fast.cli.main())  # of the copy that has all commands

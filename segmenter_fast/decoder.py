@@ -1,9 +1,18 @@
 """The two decoders with the official names (segm/model/decoder.py): tokens to (B, K, h, w)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from segmenter_fast.blocks import LayerNorm, attention_map, init_weights, make_blocks
+from segmenter_fast.blocks import (
+    Block,
+    LayerNorm,
+    attention_map,
+    init_weights,
+    layer_inputs,
+    make_blocks,
+)
 from segmenter_fast.ops.mask_product import mask_product
 
 
@@ -86,17 +95,27 @@ class MaskTransformer(nn.Module):
         """Projected patch tokens followed by the class embeddings, (B, N + K, D)."""
         return torch.cat((self.proj_dec(x), self.cls_emb.expand(x.shape[0], -1, -1)), dim=1)
 
-    def forward(self, x: Tensor, im_size: tuple[int, int]) -> Tensor:
-        """(B, N, D) patch tokens of an image of `im_size` pixels to (B, K, h, w)."""
+    def embeddings(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, N, D) patch tokens to the patch and class vectors, (B, N, D) and (B, K, D).
+
+        Masks are the scalar products of these vectors, each divided by its length.
+        """
         x = self._tokens(x)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)
-        patches = x[:, : -self.n_cls] @ self.proj_patch
-        classes = x[:, -self.n_cls :] @ self.proj_classes
+        return x[:, : -self.n_cls] @ self.proj_patch, x[:, -self.n_cls :] @ self.proj_classes
+
+    def forward(self, x: Tensor, im_size: tuple[int, int]) -> Tensor:
+        """(B, N, D) patch tokens of an image of `im_size` pixels to (B, K, h, w)."""
+        patches, classes = self.embeddings(x)
         norm = self.mask_norm
         masks = mask_product(patches, classes, norm.weight, norm.bias, norm.eps, self.backend)
         return to_grid(masks, im_size, self.patch_size)
+
+    def layer_inputs(self, x: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Each block with the (B, N + K, D) tokens that enter it; the class tokens come last."""
+        return layer_inputs(self.blocks, self._tokens(x))
 
     def get_attention_map(self, x: Tensor, layer_id: int) -> Tensor:
         """(B, heads, N + K, N + K) attention of one block; the class tokens come last."""

@@ -1,10 +1,19 @@
 """The ViT / DeiT encoder with the official names (segm/model/vit.py)."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segmenter_fast.blocks import LayerNorm, attention_map, init_weights, make_blocks
+from segmenter_fast.blocks import (
+    Block,
+    LayerNorm,
+    attention_map,
+    init_weights,
+    layer_inputs,
+    make_blocks,
+)
 from segmenter_fast.ops.patch_embed import patch_embed
 
 
@@ -161,6 +170,10 @@ class VisionTransformer(nn.Module):
         if self.distilled:
             return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
         return self.head(x[:, 0])
+
+    def layer_inputs(self, im: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Each block with the (B, extra + N, D) tokens that enter it."""
+        return layer_inputs(self.blocks, self._tokens(im))
 
     def get_attention_map(self, im: Tensor, layer_id: int) -> Tensor:
         """(B, heads, extra + N, extra + N) attention of one block."""

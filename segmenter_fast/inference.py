@@ -95,6 +95,37 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
+def network_input(
+    model: nn.Module, image, short_side: int | str | None = None
+) -> tuple[Tensor, tuple[int, int]]:
+    """What `predict` scales, mirrors and cuts into windows: normalised, shorter side resized.
+
+    Args:
+        model: a `SegmenterModel`.
+        image, short_side: see `predict`.
+
+    Returns:
+        (1, 3, h, w) on the model's device in its dtype, and (H, W) of the image as it was given.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: see `predict`.
+    """
+    if short_side not in (None, "original"):
+        _positive("short_side", short_side, ("original",))
+    pixels, picture = _network_input(model, image)
+    height, width = pixels.shape[2:]
+    if short_side is None and picture:
+        short_side = model.config.short_side
+    if short_side is not None and short_side != "original":
+        ratio = short_side / min(height, width)
+        resized = (int(height * ratio + 0.5), int(width * ratio + 0.5))
+        # A photograph is often shrunk tenfold here, and every pixel should count. Training
+        # crops are shrunk in the same way. PyTorch has this for 32 and 64 bits only.
+        exact = pixels if pixels.dtype == torch.float64 else pixels.float()
+        pixels = F.interpolate(exact, size=resized, mode="bilinear", antialias=True).to(pixels)
+    return pixels, (height, width)
+
+
 def _enlarge(image: Tensor, window: int) -> Tensor:
     """Bring the shorter side up to `window`, the longer in proportion, truncated to int."""
     height, width = image.shape[2:]
@@ -167,7 +198,7 @@ def _output_size(size, default: tuple[int, int]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switch off dropout and stochastic depth, and put every module's mode back afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
@@ -302,22 +333,10 @@ def predict(
             f"return_probabilities must be one of {', '.join(PROBABILITIES)}; "
             f"got {return_probabilities!r}"
         )
-    if short_side not in (None, "original"):
-        _positive("short_side", short_side, ("original",))
 
-    with torch.inference_mode(), _evaluation_mode(model):
-        pixels, picture = _network_input(model, image)
-        height, width = pixels.shape[2:]
-        size = _output_size(size, (height, width))
-        if short_side is None and picture:
-            short_side = config.short_side
-        if short_side is not None and short_side != "original":
-            ratio = short_side / min(height, width)
-            resized = (int(height * ratio + 0.5), int(width * ratio + 0.5))
-            # A photograph is often shrunk tenfold here, and every pixel should count. Training
-            # crops are shrunk in the same way. PyTorch has this for 32 and 64 bits only.
-            exact = pixels if pixels.dtype == torch.float64 else pixels.float()
-            pixels = F.interpolate(exact, size=resized, mode="bilinear", antialias=True).to(pixels)
+    with torch.inference_mode(), evaluation_mode(model):
+        pixels, image_size = network_input(model, image, short_side)
+        size = _output_size(size, image_size)
         views = _views(model, pixels, window_size, window_stride, scales, bool(flip), batch_size)
     # Outside inference mode, so that what is returned is an ordinary tensor.
     backend = getattr(model, "backend", "auto")

@@ -85,7 +85,9 @@ def write_folder_dataset(root, names=None):
 # --- Help and errors -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["predict"], ["train"], ["prepare"], ["zoo", "download"]])
+@pytest.mark.parametrize(
+    "command", [[], ["predict"], ["train"], ["prepare"], ["attention"], ["zoo", "download"]]
+)
 def test_help_does_not_load_torch(command):
     """What makes `--help` quick: nothing heavy is imported for it."""
     code = (
@@ -105,7 +107,10 @@ def test_help_does_not_load_torch(command):
 
 @pytest.mark.parametrize(
     "command",
-    ["info", "predict", "prepare", "train", "plot", "evaluate", "convert", "demo", "zoo"],
+    [
+        *("info", "predict", "prepare", "train", "plot", "evaluate", "convert", "demo", "zoo"),
+        *("attention", "attended-area", "class-embeddings", "compare"),
+    ],
 )
 def test_help_names_every_command_and_gives_examples(command):
     assert command in run("--help")

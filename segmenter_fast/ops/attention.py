@@ -6,6 +6,8 @@ with Q, K, V read from one (B, N, 3, heads, d) tensor, the view of the qkv proje
 On a CPU PyTorch's fused attention takes it, on a GPU ops/attention_triton.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,14 +20,15 @@ def _check_packed(qkv: Tensor) -> None:
         raise ValueError(f"qkv must be (B, N, 3, heads, d), got {tuple(qkv.shape)}")
 
 
-def attention_weights(qkv: Tensor) -> Tensor:
-    """Softmax probabilities softmax(Q K^T / sqrt(d)).
+def attention_weights(qkv: Tensor, queries: slice | Sequence[int] | None = None) -> Tensor:
+    """Softmax probabilities softmax(Q K^T / sqrt(d)), of all rows or some.
 
     Args:
         qkv: (B, N, 3, heads, d) floating point.
+        queries: the rows that are wanted; None is all N.
 
     Returns:
-        (B, heads, N, N), rows sum to 1.
+        (B, heads, N, N), or with as many rows as there are queries; rows sum to 1.
 
     Raises:
         ValueError: wrong rank.
@@ -34,6 +37,8 @@ def attention_weights(qkv: Tensor) -> Tensor:
     """
     _check_packed(qkv)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if queries is not None:
+        q = q[:, :, queries]
     return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
