@@ -1014,9 +1014,10 @@ def _starting_model(
     talks: bool,
 ):
     """A fresh model; with weights, one that starts from them, and is like theirs unless named."""
+    from segmenter_fast.checkpoint import variant_name
     from segmenter_fast.foreign import config_of
     from segmenter_fast.pretrained import fill
-    from segmenter_fast.variants import create_model, create_model_from_config, variant_name
+    from segmenter_fast.variants import create_model, create_model_from_config
 
     image_size = changes.pop("image_size")
     if variant is not None:
@@ -1282,6 +1283,8 @@ def train(
     data.check()
     if model is None and init is None:
         raise _usage("--model", "give a --model such as Seg-T-Mask/16, or weights to --init from")
+    if model is not None and patch_size is not None:
+        raise _usage("--patch-size", f"the name of --model {model} has it already")
     steps, epochs = _run_length(ctx, steps, epochs)
     crop = _size("--image-size", image_size)
     zoom = _pair("--scale", scale)
@@ -1344,8 +1347,6 @@ def train(
         "palette": train_set.palette,
         "dataset": dataset.name if dataset != DatasetKind.folder else root.name or None,
     }
-    if patch_size is not None and model is not None:
-        raise _usage("--patch-size", f"--model {model} has one already")
     if patch_size is not None:
         changes["patch_size"] = patch_size
     if drop_path is not None:

@@ -364,10 +364,11 @@ def _from_jax(path: Path, arrays: Mapping[str, np.ndarray]) -> Weights:
     wrong = [name for name, value in ours.items() if value.dtype.kind != "f"]
     if wrong:
         raise CheckpointError(f"{path}: expected floating point arrays: {some(wrong)}")
-    left = {
-        name.removeprefix(prefix): torch.from_numpy(value.astype(np.float32))
-        for name, value in ours.items()
-    }
+    with np.errstate(over="ignore"):  # what becomes infinite is refused with all that is
+        left = {
+            name.removeprefix(prefix): torch.from_numpy(value.astype(np.float32))
+            for name, value in ours.items()
+        }
     tensors, n_heads = _encoder_of_jax(path, left)
     if left:
         raise CheckpointError(f"{path}: not known in a ViT of Google's: {some(left)}")
