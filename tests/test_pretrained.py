@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -507,15 +508,21 @@ def test_train_command_starts_from_google_s_weights(tmp_path):
     result = CliRunner().invoke(app, list(map(str, [*words, "-o", tmp_path / "other"])))
     assert result.exit_code == 1 and "no whole Segmenter" in result.output
     result = CliRunner().invoke(app, list(map(str, [*words, *more, "--patch-size", 8])))
-    assert result.exit_code == 2 and "--model Seg-N-Mask/16 has it already" in result.output
+    assert result.exit_code == 2 and "Invalid value for --patch-size" in result.output
 
 
 def test_train_command_resamples_patches(tmp_path):
     """Bundled weights at another patch size and with other classes, by one step of no length."""
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 32, 3), dtype=np.uint8)
+    for kind, picture in (("images", pixels), ("annotations", pixels[..., 0] % 3)):
+        for split in ("train", "val"):
+            folder = tmp_path / "data" / kind / split
+            folder.mkdir(parents=True)
+            Image.fromarray(picture).save(folder / "a.png")
     words = [
-        "train", "--dataset", "scenes", "--count", 2, "--val-count", 1, "--steps", 1,
-        "--batch-size", 1, "--lr", 0, "--min-lr", 0, "--init", "street", "--patch-size", 16,
-        "--image-size", "48,32", "-o", tmp_path / "run",
+        "train", "--dataset", "folder", "--root", tmp_path / "data", "--num-classes", 3,
+        "--steps", 1, "--batch-size", 1, "--lr", 0, "--min-lr", 0, "--workers", 0,
+        "--init", "street", "--patch-size", 16, "--image-size", "48,32", "-o", tmp_path / "run",
     ]  # fmt: skip
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0, result.output
@@ -523,10 +530,8 @@ def test_train_command_resamples_patches(tmp_path):
     trained = SegmenterModel.from_pretrained(tmp_path / "run/last")
     config = trained.config
     assert (config.variant, config.patch_size, config.backbone) == ("Seg-N-Mask/16", 16, None)
-    assert config.n_cls != start.n_cls and (config.mean, config.std) == (
-        start.config.mean,
-        start.config.std,
-    )
+    assert config.n_cls == 3 and start.n_cls == 11
+    assert (config.mean, config.std) == (start.config.mean, start.config.std)
     name = "encoder.patch_embed.proj.weight"
     assert name in result.output
     expected = resize_filters(start.state_dict()[name], 16)
