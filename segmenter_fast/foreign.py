@@ -473,6 +473,11 @@ def config_of(weights: Weights, n_heads: int | None = None) -> SegmenterConfig:
             )
         return weights.config
     tensors = weights.tensors
+    if not any(name.startswith("decoder.") for name in tensors):
+        raise CheckpointError(
+            f"{weights.source} is no whole Segmenter but an encoder: name the model that is to "
+            "start from it (create_model or --model)"
+        )
 
     def need(name: str, rank: int) -> Tensor:
         if name not in tensors or tensors[name].ndim != rank:

@@ -162,12 +162,16 @@ def fit(model: SegmenterModel, weights: Weights) -> tuple[Report, dict[str, Tens
             for name in state
             if name.startswith("decoder.") and name not in given and name not in by_class
         ]
+    heads = weights.config.n_heads if weights.config else weights.n_heads
+    agree = heads in (None, model.encoder.n_heads)
+    unlike = [] if agree else [f"{heads}, the model's {model.encoder.n_heads}"]
     problems = [
         f"{what}: {some(names)}"
         for what, names in (
             ("other shapes", wrong),
             ("not in the model", unknown),
             ("missing", missing),
+            ("heads", unlike),  # which no shape tells
         )
         if names
     ]
@@ -221,20 +225,13 @@ def _what(model: SegmenterModel) -> str:
 
 
 def _check_kinship(model: SegmenterModel, weights: Weights) -> None:
-    """The distillation token, and what no shape tells: heads and normalisation."""
-    # The token changes what every layer sees: both have it, or neither.
+    """The distillation token, which both have or neither, and the normalisation."""
     distilled = "encoder.dist_token" in weights.tensors
     if distilled != bool(model.encoder.distilled):
         has, wants = ("a", "no") if distilled else ("no", "a")
         raise CheckpointError(
             f"{weights.source} has {has} distillation token and the model {wants}: "
             + ("take a -DeiT variant" if distilled else "take a variant without -DeiT")
-        )
-    # Other heads have the same shapes, and another result.
-    heads = weights.config.n_heads if weights.config else weights.n_heads
-    if heads not in (None, model.encoder.n_heads):
-        raise CheckpointError(
-            f"{weights.source} has {heads} heads and the model {model.encoder.n_heads}"
         )
     config = model.config
     if config and weights.mean and (weights.mean, weights.std) != (config.mean, config.std):

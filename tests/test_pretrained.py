@@ -320,7 +320,7 @@ def test_mmseg_backbone_alone(tmp_path):
     torch.save(state, tmp_path / "vit.pth")
     report = load_pretrained(tiny(), tmp_path / "vit.pth")
     assert all(n.startswith("decoder.") or ".head." in n for n in report.fresh)
-    with pytest.raises(CheckpointError, match=r"no whole Segmenter: decoder\.head\.weight"):
+    with pytest.raises(CheckpointError, match=r"no whole Segmenter but an encoder: name the model"):
         load_whole(tmp_path / "vit.pth")
 
 
@@ -666,11 +666,11 @@ def test_other_architectures_are_refused(tmp_path):
     refused(tiny(decoder_n_layers=2, n_cls=7), folder, r"missing: decoder\.blocks\.1\.")
     refused(tiny("Seg-T-DeiT-Mask/16"), folder, "no distillation token and the model a: take a v")
     # Other heads have the same shapes.
-    refused(tiny(n_heads=4), folder, "has 3 heads and the model 4")
+    refused(tiny(n_heads=4), folder, "; heads: 3, the model's 4")
     with pytest.raises(CheckpointError, match="has 3 heads by its config, not 4"):
         load_whole(folder, n_heads=4)
     write_jax(tmp_path / "vit.npz")
-    refused(tiny(n_heads=4), tmp_path / "vit.npz", "has 3 heads and the model 4")
+    refused(tiny(n_heads=4), tmp_path / "vit.npz", "; heads: 3, the model's 4")
 
 
 @pytest.mark.parametrize(
