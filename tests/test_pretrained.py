@@ -19,8 +19,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 from segmenter_fast import CheckpointError, SegmenterModel, create_model, load_pretrained
-from segmenter_fast.cli import app
+from segmenter_fast.cli import _starting_model, app
 from segmenter_fast.config import NORMALIZATION
+from segmenter_fast.foreign import read_weights
 from segmenter_fast.pretrained import load_whole, resize_filters
 
 WIDTH, HEADS, DEPTH, PATCH, SIDE = 24, 3, 2, 8, 32
@@ -291,6 +292,8 @@ def test_mmseg_versions(tmp_path):
         ours = model.patch_logits(images()).grid
         torch.testing.assert_close(ours, theirs(images()), rtol=1e-4, atol=1e-4)
     report = load_pretrained(tiny(), tmp_path / "theirs.pth")
+    # The outputs do not show a constant in all channels: the norms take it away.
+    assert not model.encoder.patch_embed.proj.bias.any()
     unused = {"decode_head.conv_seg.weight", "decode_head.conv_seg.bias"}
     assert set(report.ignored) == unused and "ignored: decode_head.conv_seg" in str(report)
     assert "encoder.patch_embed.proj.bias" in report.taken
@@ -547,6 +550,20 @@ def saved(tmp_path, **changes):
     source = shaken(tiny(**changes))
     source.save_pretrained(tmp_path / "source")
     return source, tmp_path / "source"
+
+
+def test_what_the_train_command_keeps_of_the_weights(tmp_path):
+    """The normalisation, whatever the model's is called; of the backbone's name what is still so."""
+    mean, std = NORMALIZATION["deit"]
+    create_model("Seg-N-Mask/16", 3, 32, mean=mean, std=std).save_pretrained(tmp_path / "deit")
+    weights = read_weights(tmp_path / "deit")
+    model = _starting_model("Seg-N/16", weights, 3, {"image_size": (32, 32)}, "auto", talks=False)
+    assert (model.config.mean, model.config.std) == (mean, std)
+    weights = read_weights(saved(tmp_path, backbone="vit_patch8")[1])
+    for patch_size, name in ((PATCH, "vit_patch8"), (16, None)):
+        changes = {"image_size": None, "patch_size": patch_size}
+        model = _starting_model(None, weights, 3, changes, "auto", talks=False)
+        assert (model.config.backbone, model.patch_size) == (name, patch_size)
 
 
 def test_other_classes(tmp_path):
