@@ -553,7 +553,7 @@ def saved(tmp_path, **changes):
 
 
 def test_what_the_train_command_keeps_of_the_weights(tmp_path):
-    """The normalisation, whatever the model's is called; of the backbone's name what is still so."""
+    """The normalisation; the backbone's name while it has the patch size."""
     mean, std = NORMALIZATION["deit"]
     create_model("Seg-N-Mask/16", 3, 32, mean=mean, std=std).save_pretrained(tmp_path / "deit")
     weights = read_weights(tmp_path / "deit")
