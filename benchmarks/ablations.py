@@ -28,6 +28,7 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "ablations.yaml"
 OUTPUT = HERE / "results" / "ablations"
+SMALL_MODELS = HERE.parent / "segmenter_fast" / "data" / "small_models.json"
 STAGES = ("data", "model", "train")
 
 
@@ -295,6 +296,28 @@ def draw(grid, results, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
+def small_models(grid, results) -> list[dict[str, Any]]:
+    """What `segmenter_fast.tradeoff` knows of the models of the list `tradeoff`."""
+    models = []
+    for run in grid["tradeoff"]:
+        if run not in results:
+            continue
+        spec = specification(grid, run)
+        mious = [100 * result["miou"] for result in results[run].values()]
+        models.append(
+            {
+                "model": spec["model"],
+                "size": spec["data"]["size"],
+                "miou": round(statistics.mean(mious), 2),
+                "spread": round(statistics.stdev(mious), 2) if len(mious) > 1 else None,
+                "seeds": len(mious),
+                "steps": spec["train"]["steps"],
+                "scenes": spec["data"]["count"],
+            }
+        )
+    return models
+
+
 def write_report(grid, runs: Path, output: Path) -> None:
     """results.json, README.md and the figure, of the runs that have ended."""
     import torch
@@ -311,6 +334,9 @@ def write_report(grid, runs: Path, output: Path) -> None:
     }
     (output / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (output / "README.md").write_text(page(grid, results), encoding="utf-8")
+    if output.resolve() == OUTPUT:
+        text = json.dumps(small_models(grid, results), indent=1) + "\n"
+        SMALL_MODELS.write_text(text, encoding="utf-8")
     draw(grid, results, output / "ablations.png")
 
 

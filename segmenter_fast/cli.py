@@ -75,6 +75,14 @@ class Preset(enum.StrEnum):
     cityscapes = "cityscapes"
 
 
+class ProtocolName(enum.StrEnum):
+    """See `segmenter_fast.protocols`."""
+
+    train = "train"
+    eval = "eval"
+    weights = "weights"
+
+
 class Optimizer(enum.StrEnum):
     """See `TrainOptions`."""
 
@@ -112,7 +120,7 @@ WindowSizeOption = Annotated[
     typer.Option(
         metavar="PIXELS|whole",
         help="Side of the sliding window; 'whole' shows the network the whole image at once. "
-        "The weights' own unless given.",
+        "Unless given, the weights' own; in 'evaluate' the protocol's.",
     ),
 ]
 WindowStrideOption = Annotated[
@@ -120,7 +128,8 @@ WindowStrideOption = Annotated[
     typer.Option(
         min=1,
         metavar="PIXELS",
-        help="Step of the sliding window, at most its size. The weights' own unless given.",
+        help="Step of the sliding window, at most its size. Unless given, the weights' own; in "
+        "'evaluate' the protocol's.",
     ),
 ]
 ShortSideOption = Annotated[
@@ -128,7 +137,8 @@ ShortSideOption = Annotated[
     typer.Option(
         metavar="PIXELS|original",
         help="Resize the image's shorter side to this first; 'original' leaves it. The weights' "
-        "own unless given. Label maps have the size of the image in any case.",
+        "own unless given, in 'evaluate' the protocol's. Label maps have the size of the image in "
+        "any case.",
     ),
 ]
 ScalesOption = Annotated[
@@ -326,7 +336,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.2f} %"
+    return "-" if value is None or value != value else f"{100 * value:.2f} %"
 
 
 # --- segmenter-fast ------------------------------------------------------------------------------
@@ -401,6 +411,21 @@ def _version_of(package: str) -> str | None:
         return None
 
 
+def _versions() -> dict[str, str | None]:
+    """Of all that a number measured here may depend on."""
+    import torch
+
+    return {
+        "segmenter_fast": _version_of("segmenter_fast"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version_of("triton"),
+        "numpy": _version_of("numpy"),
+    }
+
+
 def _information() -> dict[str, Any]:
     """Everything that `info` shows, as JSON can hold it."""
     import torch
@@ -451,15 +476,7 @@ def _information() -> dict[str, Any]:
 
     kernel = f"compiled, {compiled['simd_level']}" if compiled else "not compiled"
     return {
-        "versions": {
-            "segmenter_fast": _version_of("segmenter_fast"),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "triton": _version_of("triton"),
-            "numpy": _version_of("numpy"),
-        },
+        "versions": _versions(),
         "compiled": compiled,
         "compiled_problem": problem,
         "devices": devices,
@@ -1438,8 +1455,24 @@ def evaluate(
     ],
     root: RootOption = None,
     split: Annotated[
-        str, typer.Option(help="'train' or 'val'; a sub-folder for 'folder' and 'camvid'.")
+        str,
+        typer.Option(
+            help="'train' or 'val'; a sub-folder for 'folder' and 'camvid'; 'test' of ade20k and "
+            "cityscapes has no labels and is for --submission."
+        ),
     ] = "val",
+    protocol: Annotated[
+        ProtocolName | None,
+        typer.Option(
+            help="Official training's, official stand-alone evaluation's, or windows and size "
+            "that the weights come with. Unless given: 'eval' for ade20k, pascal-context and "
+            "cityscapes, 'weights' for other data.",
+            show_default=False,
+        ),
+    ] = None,
+    multiscale: Annotated[
+        bool, typer.Option("--multiscale", help="The paper's six scales, with mirror images.")
+    ] = False,
     window_size: WindowSizeOption = None,
     window_stride: WindowStrideOption = None,
     scales: ScalesOption = "1.0",
@@ -1449,12 +1482,36 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many images, evenly over the split.")
     ] = None,
+    object_areas: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B|none",
+            help="Pixels from which an object is medium and from which it is large; COCO's unless "
+            "given. 'none' leaves out the sizes of objects.",
+        ),
+    ] = "1024,9216",
+    submission: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="For ade20k and cityscapes: write label maps as their servers take them into "
+            "this empty or new folder.",
+        ),
+    ] = None,
     class_names: ClassNamesOption = None,
     num_classes: NumClassesOption = None,
     ignore_index: IgnoreIndexOption = 255,
     count: Annotated[int, typer.Option(min=1, help="For 'scenes': how many.")] = 100,
     scene_size: SceneSizeOption = None,
     data_seed: DataSeedOption = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that read images ahead. Unless given: 4 beside a GPU, else none.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write it all as JSON, too; replaces FILE."),
@@ -1464,16 +1521,27 @@ def evaluate(
     threads: ThreadsOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Measure weights on a dataset: mean IoU, pixel accuracy, IoU of each class.
+    """Measure weights on a dataset: mean IoU, accuracies, IoU of classes and of object sizes.
 
     Label maps are compared at their own size. The protocol (windows, scales,
-    resizing) is printed with the numbers, since they depend on it.
+    resizing) is printed with the numbers, since they depend on it. Started by
+    torchrun or srun, several processes share the images.
 
     \b
     segmenter-fast evaluate --weights street --dataset camvid --root camvid
-    segmenter-fast evaluate --weights scenes --dataset scenes --count 50
+    segmenter-fast evaluate --weights Seg-T-Mask/16 --dataset ade20k --root ade20k --multiscale
+    torchrun --nproc-per-node 4 -m segmenter_fast.evaluate --weights Seg-L-Mask/16 \\
+        --dataset ade20k --root ade20k --protocol train
     """  # noqa: D301
-    protocol = _protocol(window_size, window_stride, short_side, scales, flip, batch_size)
+    if multiscale and scales != "1.0":
+        raise _usage("--multiscale", f"names its own scales, but --scales is {scales!r}")
+    options = _protocol(window_size, window_stride, short_side, scales, flip, batch_size)
+    areas = None
+    if object_areas != "none":
+        expected = "two numbers of pixels in order, such as 1024,9216, or 'none'"
+        areas = _numbers("--object-areas", object_areas, int, expected)
+        if len(areas) != 2 or not 0 < areas[0] <= areas[1]:
+            raise _usage("--object-areas", f"expected {expected}, got {object_areas!r}")
     data = Data(
         dataset,
         root,
@@ -1486,96 +1554,189 @@ def evaluate(
     data.check()
     if json_file is not None and not json_file.parent.is_dir():
         raise FileNotFoundError(f"--json: no such folder: {json_file.parent}")
-    chosen = _prepare(device, backend, threads)
 
+    from segmenter_fast import distributed
+    from segmenter_fast.data.folder import spread
+    from segmenter_fast.evaluate import evaluate as measure
+    from segmenter_fast.evaluate import picture_of
+    from segmenter_fast.model import SegmenterModel
+    from segmenter_fast.protocols import MULTISCALE
+    from segmenter_fast.protocols import protocol as resolve
+    from segmenter_fast.submission import SERVERS, write_submission
+
+    if submission is not None:
+        if dataset.name not in SERVERS:
+            raise _usage(
+                "--submission",
+                f"is for ade20k and cityscapes; 'segmenter-fast predict' writes label maps of any "
+                f"pictures, got --dataset {dataset.value}",
+            )
+        if submission.exists() and (not submission.is_dir() or any(submission.iterdir())):
+            raise ValueError(f"--submission: {submission} is there already and is no empty folder")
+    launch = distributed.launched()
+    chosen = _prepare(device, backend, threads, launch)
+    if launch is not None:
+        distributed.join(launch, chosen)
+    talks = distributed.rank() == 0
+
+    with distributed.one_goes_first(launch):
+        model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
+    config = model.config
+    if multiscale:
+        options |= {"scales": MULTISCALE, "flip": True}
+    batch_size = options.pop("batch_size")
+    used = resolve(config, protocol and protocol.value, dataset.name, **options)
+    samples = data.split(split, count, config.image_size, _classes_of(config))
+    names = list(samples.class_names)
+    if samples.num_classes != config.n_cls:
+        raise ValueError(
+            f"weights {weights!r} know {config.n_cls} classes but the data have "
+            f"{samples.num_classes}: their label numbers do not mean the same. Take weights "
+            "trained on these classes, or train some: 'segmenter-fast train --init'"
+        )
+    warning = _names_differ(config.class_names, names)
+    if warning and talks:
+        typer.echo(f"warning: {warning}", err=True)
+    labelled = getattr(samples, "labelled", True)
+    if not labelled and submission is None:
+        raise ValueError(f"split {split!r} has no labels to measure by; give --submission DIR")
+    chosen_samples = spread(samples, limit)
+
+    write = None
+    if submission is not None:
+        submission.mkdir(parents=True, exist_ok=True)
+
+        def write(index, labels):
+            picture = picture_of(chosen_samples, index)
+            write_submission(submission, dataset.name, picture, labels)
+
+    if workers is None:
+        workers = 0 if chosen.type == "cpu" else min(4, os.cpu_count() or 1)
+    result = measure(
+        model,
+        chosen_samples,
+        progress=talks,
+        ignore_index=samples.ignore_index,
+        shared=True,
+        object_areas=areas if labelled else None,
+        workers=workers,
+        each=write,
+        batch_size=batch_size,
+        **used.options(),
+    )
+    distributed.leave()
+    if not talks:
+        return
+
+    part = "" if len(chosen_samples) == len(samples) else f" (of {len(samples)})"
+    where = (
+        f"of {weights} on {dataset.value}, split {split}, {result['images']} images{part}, "
+        f"{result['images_per_second']:.2f} images/s with reading and counting"
+    )
+    if labelled:
+        _print_result(result, names, areas)
+    typer.echo(f"{where}\nprotocol: {used}")
+    if submission is not None:
+        typer.echo(f"label maps for the server of {dataset.value} written to {submission}")
+    if json_file is not None:
+        content = {
+            "weights": weights,
+            "variant": config.variant,
+            "dataset": dataset.value,
+            "root": None if root is None else str(root),
+            "split": split,
+            "images_of_split": len(samples),
+            "protocol": used._asdict() | {"batch_size": batch_size},
+            **_machine(backend.value, chosen, launch),
+            **_as_json(result, names, areas),
+            "warning": warning,
+        }
+        _write_text(json_file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        typer.echo(f"written to {json_file}")
+
+
+def _names_differ(ours: Sequence[str] | None, theirs: Sequence[str]) -> str | None:
+    """What to say about weights and data that name a class differently."""
+    if ours is None:
+        return None
+    differ = [n for n, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]]
+    if not differ:
+        return None
+    n = differ[0]
+    return (
+        f"{len(differ)} of {len(ours)} classes have another name in the data than in the weights, "
+        f"such as number {n}: {theirs[n]!r} and {ours[n]!r}. If that is not the same class, the "
+        "result means nothing"
+    )
+
+
+def _size_words(areas: Sequence[int]) -> tuple[str, str, str]:
+    return (f"below {areas[0]} pixels", f"{areas[0]} to {areas[1] - 1}", f"from {areas[1]}")
+
+
+def _print_result(result: dict[str, Any], names: Sequence[str], areas) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    from segmenter_fast.data.folder import spread
-    from segmenter_fast.evaluate import evaluate as measure
-    from segmenter_fast.model import SegmenterModel
-
-    model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
-    config = model.config
-    samples = data.split(split, count, config.image_size, _classes_of(config))
-    if samples.num_classes != config.n_cls:
-        raise ValueError(
-            f"weights {weights!r} know {config.n_cls} classes but the data have "
-            f"{samples.num_classes}: their label numbers do not mean the same"
-        )
-    chosen_samples = spread(samples, limit)
-    result = measure(model, chosen_samples, ignore_index=samples.ignore_index, **protocol)
-
-    used = _effective_protocol(config, protocol)
-    names = list(samples.class_names)
+    objects = result.get("objects", {})
     table = Table(title="IoU of each class", title_justify="left")
     table.add_column("class")
-    table.add_column("share of pixels", justify="right")
-    table.add_column("IoU", justify="right")
-    shares = (result["confusion"].sum(1).double() / result["confusion"].sum()).tolist()
-    for name, share, value in zip(names, shares, result["iou"], strict=True):
-        table.add_row(escape(name), _percent(share), _percent(value))
-    console = Console()
-    console.print(table)
-    where = f"{dataset.value}, split {split}, {result['images']} images"
-    console.print(
-        f"mIoU {_percent(result['miou'])}, pixel accuracy {_percent(result['pixel_accuracy'])}\n"
-        f"of {weights} on {where}\n"
-        f"protocol: {_protocol_text(used)}",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
+    for column in ("share of pixels", "IoU", *objects):
+        table.add_column(column, justify="right")
+    total = int(result["confusion"].sum())
+    for number, name in enumerate(names):
+        share = int(result["confusion"][number].sum()) / total if total else None
+        values = (result["iou"][number], *(size["iou"][number] for size in objects.values()))
+        table.add_row(escape(name), _percent(share), *map(_percent, values))
+    Console().print(table)
+    typer.echo(
+        f"mIoU {_percent(result['miou'])}, pixel accuracy {_percent(result['pixel_accuracy'])}, "
+        f"mean accuracy {_percent(result['mean_accuracy'])}, frequency-weighted IoU "
+        f"{_percent(result['frequency_weighted_iou'])}"
     )
-    if json_file is not None:
-        content = {
-            "weights": weights,
-            "dataset": dataset.value,
-            "root": None if root is None else str(root),
-            "split": split,
-            "images": result["images"],
-            "protocol": used,
-            "backend": backend.value,
-            "device": str(chosen),
-            "miou": result["miou"],
-            "pixel_accuracy": result["pixel_accuracy"],
-            "iou": dict(zip(names, result["iou"], strict=True)),
-            "confusion": result["confusion"].tolist(),
-        }
-        _write_text(json_file, json.dumps(content, indent=2) + "\n")
-        typer.echo(f"written to {json_file}")
+    if objects:
+        sizes = (
+            f"{name} ({words}) {_percent(objects[name]['miou'])} of {objects[name]['objects']}"
+            for name, words in zip(objects, _size_words(areas), strict=True)
+        )
+        typer.echo(f"mIoU by the size of objects: {', '.join(sizes)}")
 
 
-def _effective_protocol(config, protocol: dict[str, Any]) -> dict[str, Any]:
-    """The options after the weights' defaults are filled in."""
-    size, stride = protocol["window_size"], protocol["window_stride"]
-    if size is None:
-        size, stride = config.window_size, stride or config.window_stride
-    if size in (None, "whole"):
-        size, stride = "whole", None
+def _machine(backend: str, device, launch) -> dict[str, Any]:
+    """What computed, for a JSON file."""
+    import torch
+
+    from segmenter_fast.backend import resolve_backend
+
+    on_gpu = device.type == "cuda"
     return {
-        "window_size": size,
-        "window_stride": (stride or size) if stride or size != "whole" else None,
-        "scales": list(protocol["scales"]),
-        "flip": protocol["flip"],
-        "short_side": protocol["short_side"] or config.short_side or "original",
+        "backend": resolve_backend(backend, device),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "processes": 1 if launch is None else launch.world_size,
+        "versions": _versions(),
     }
 
 
-def _protocol_text(used: dict[str, Any]) -> str:
-    whole = used["window_size"] == "whole"
-    return ", ".join(
-        (
-            "whole images"
-            if whole
-            else f"windows of {used['window_size']} pixels every {used['window_stride']}",
-            f"scales {' '.join(f'{scale:g}' for scale in used['scales'])}",
-            "with mirror images" if used["flip"] else "no mirror images",
-            "images at their own size"
-            if used["short_side"] == "original"
-            else f"shorter side {used['short_side']} pixels",
-        )
-    )
+def _as_json(result: dict[str, Any], names: Sequence[str], areas) -> dict[str, Any]:
+    """A result without tensors and NaN: what was not counted is null."""
+
+    def plain(values: dict[str, Any]) -> dict[str, Any]:
+        out = {
+            key: None if isinstance(value, float) and value != value else value
+            for key, value in values.items()
+        }
+        out["iou"] = dict(zip(names, values["iou"], strict=True))
+        out["confusion"] = values["confusion"].tolist()
+        return out
+
+    out = plain(result)
+    if "objects" in result:
+        sizes = {name: plain(values) for name, values in result["objects"].items()}
+        out["objects"] = {"areas": list(areas), **sizes}
+    return out
 
 
 # --- convert -------------------------------------------------------------------------------------
@@ -1870,6 +2031,7 @@ def kernels(
 
 # Last, because it takes options and functions from above; it adds its commands to `app`.
 import segmenter_fast.cli_analysis  # noqa: E402
+import segmenter_fast.cli_tradeoff  # noqa: E402
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -1,8 +1,8 @@
 """Pictures in, label maps out: sliding windows, scales and flips by the official protocol.
 
-A picture is normalised, and its shorter side resized if the config says so. For each scale, and for
-its mirror image if asked, it is resized, enlarged until a window fits, and cut into windows, whose
-patch logits are kept. `ops/windows.py` does the rest: windows averaged, resized to the output,
+A picture is normalised. For each scale, and for its mirror image if asked, it is resized (to a
+shorter side if the config says so), enlarged until a window fits, and cut into windows, whose patch
+logits are kept. `ops/windows.py` does the rest: windows averaged, resized to the output,
 mirrored back, softmax, views averaged, argmax.
 """
 
@@ -95,10 +95,45 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
+def rescaled_size(
+    size: tuple[int, int], short_side: float, long_side: float | None = None
+) -> tuple[int, int]:
+    """(H, W) scaled by one factor, the largest for which neither side is above its bound.
+
+    Source: mmcv, rescale_size, which official evaluation resizes with.
+    """
+    factor = short_side / min(size)
+    if long_side is not None:
+        factor = min(long_side / max(size), factor)
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+
+
+def _scaled(
+    image: Tensor, scale: float, short_side: int | None, long_side: int | None, antialias: bool
+) -> Tensor:
+    """(1, 3, H, W) resized for one scale, from its own pixels."""
+    height, width = size = tuple(image.shape[2:])
+    if short_side is None:
+        scaled = (int(height * scale + 0.5), int(width * scale + 0.5))
+    else:
+        # Bounds of scales are whole pixels in mmsegmentation, whose MultiScaleFlipAug is official.
+        short = int(short_side * scale)
+        long = None if long_side is None else int(long_side * scale)
+        scaled = rescaled_size(size, short, long) if 0 not in (short, long) else (0, 0)
+    if 0 in scaled:
+        raise ValueError(f"scale {scale} leaves no pixels of an image of {height} x {width}")
+    if short_side is None or not antialias or scaled == size:
+        return _resize(image, scaled)
+    # A photograph is often shrunk tenfold here, and every pixel should count. Training crops are
+    # shrunk in the same way. PyTorch has this for 32 and 64 bits only.
+    exact = image if image.dtype == torch.float64 else image.float()
+    return F.interpolate(exact, size=scaled, mode="bilinear", antialias=True).to(image)
+
+
 def network_input(
     model: nn.Module, image, short_side: int | str | None = None
 ) -> tuple[Tensor, tuple[int, int]]:
-    """What `predict` scales, mirrors and cuts into windows: normalised, shorter side resized.
+    """What `predict` mirrors and cuts into windows at scale 1: normalised, shorter side resized.
 
     Args:
         model: a `SegmenterModel`.
@@ -110,20 +145,32 @@ def network_input(
     Raises:
         ValueError, TypeError, FileNotFoundError: see `predict`.
     """
+    [pixels], size = _network_inputs(model, image, (1.0,), short_side)
+    return pixels, size
+
+
+def _network_inputs(
+    model: nn.Module,
+    image,
+    scales: Sequence[float],
+    short_side: int | str | None = None,
+    long_side: int | None = None,
+    antialias: bool = True,
+) -> tuple[list[Tensor], tuple[int, int]]:
+    """`network_input` at each scale, with the other options of `predict`."""
     if short_side not in (None, "original"):
         _positive("short_side", short_side, ("original",))
+    if long_side is not None:
+        _positive("long_side", long_side)
     pixels, picture = _network_input(model, image)
-    height, width = pixels.shape[2:]
     if short_side is None and picture:
         short_side = model.config.short_side
-    if short_side is not None and short_side != "original":
-        ratio = short_side / min(height, width)
-        resized = (int(height * ratio + 0.5), int(width * ratio + 0.5))
-        # A photograph is often shrunk tenfold here, and every pixel should count. Training
-        # crops are shrunk in the same way. PyTorch has this for 32 and 64 bits only.
-        exact = pixels if pixels.dtype == torch.float64 else pixels.float()
-        pixels = F.interpolate(exact, size=resized, mode="bilinear", antialias=True).to(pixels)
-    return pixels, (height, width)
+    if short_side == "original":
+        short_side = None
+    if short_side is None and long_side is not None:
+        raise ValueError(f"long_side {long_side} needs short_side, too, which is not set")
+    images = [_scaled(pixels, scale, short_side, long_side, antialias) for scale in scales]
+    return images, tuple(pixels.shape[2:])
 
 
 def _enlarge(image: Tensor, window: int) -> Tensor:
@@ -213,22 +260,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------ windows
 def _views(
     model: nn.Module,
-    image: Tensor,
+    images: Sequence[Tensor],
     window_size: int | None,
     window_stride: int | None,
-    scales: Sequence[float],
     flip: bool,
     batch_size: int,
 ) -> list[WindowView]:
-    """Run the model over the windows of every scaled and mirrored copy of (1, 3, H, W)."""
-    height, width = image.shape[2:]
-    copies = []  # (image size, window, flip) of each view
-    for scale in scales:
-        scaled = (int(height * scale + 0.5), int(width * scale + 0.5))
-        if 0 in scaled:
-            raise ValueError(f"scale {scale} leaves no pixels of an image of {height} x {width}")
-        copies += [(scaled, mirrored) for mirrored in ((False, True) if flip else (False,))]
-
+    """Run the model over the windows of each (1, 3, H, W) and, with `flip`, its mirror image."""
+    copies = [(image, side) for image in images for side in ((False, True) if flip else (False,))]
     geometry, crops = [], []
     grids: list[list[Tensor]] = [[] for _ in copies]
 
@@ -238,10 +277,8 @@ def _views(
             grids[view].append(grid)
         crops.clear()
 
-    for view, (scaled, mirrored) in enumerate(copies):
-        copy = _resize(image, scaled)
-        if mirrored:
-            copy = copy.flip(-1)
+    for view, (image, mirrored) in enumerate(copies):
+        copy = image.flip(-1) if mirrored else image
         if window_size is not None:
             copy = _enlarge(copy, window_size)
         size = tuple(copy.shape[2:])
@@ -259,7 +296,7 @@ def _views(
     if bad:
         raise ValueError(
             f"the model's output has {bad} logits that are NaN or infinite: its weights are "
-            f"damaged or its arithmetic ({image.dtype}) overflows"
+            f"damaged or its arithmetic ({images[0].dtype}) overflows"
         )
     return [
         WindowView(torch.stack(grid), size, window, stride, model.patch_size, mirrored)
@@ -278,6 +315,8 @@ def predict(
     return_probabilities: str = "none",
     batch_size: int = 4,
     short_side: int | str | None = None,
+    long_side: int | None = None,
+    antialias: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Label every pixel of one picture: argmax of the softmax averaged over scales and flips.
 
@@ -297,16 +336,19 @@ def predict(
             whose shorter side is less is enlarged to it.
         window_stride: pixels between windows, at most `window_size`. None is the config's if the
             window is the config's too, and otherwise `window_size`: windows side by side.
-        scales: factors by which the image is resized, each giving one view.
+        scales: factors by which the image, or `short_side` and `long_side`, are multiplied, each
+            giving one view.
         flip: adds the mirror image of each view.
         size: (H, W) in pixels of the answer; None is the image's own size.
         return_probabilities: "none"; "top1" for the largest probability of each pixel; "all".
         batch_size: windows per forward pass. Memory grows with it, the answer does not change.
-        short_side: pixels to which the image's shorter side is resized before `scales`, with
-            antialiasing, the longer side in proportion without a cap; "original" leaves it. None is
-            the config's for a picture and "original" for network input. (Official evaluation
-            resizes without antialiasing, and caps the longer side at a multiple of the shorter that
-            depends on the dataset: 4 for ADE20K.)
+        short_side: pixels to which the image's shorter side is resized, the longer in proportion;
+            "original" leaves it. None is the config's for a picture and "original" for network
+            input.
+        long_side: pixels that the longer side has at most, which may leave the shorter one below
+            `short_side`; None is no such bound.
+        antialias: when resizing to `short_side`, average all the pixels that a new one covers;
+            False interpolates between four, as official evaluation does.
 
     Returns:
         labels: (H, W) on the model's device; uint8, int16 from 257 classes, int32 from 32768.
@@ -335,9 +377,9 @@ def predict(
         )
 
     with torch.inference_mode(), evaluation_mode(model):
-        pixels, image_size = network_input(model, image, short_side)
+        images, image_size = _network_inputs(model, image, scales, short_side, long_side, antialias)
         size = _output_size(size, image_size)
-        views = _views(model, pixels, window_size, window_stride, scales, bool(flip), batch_size)
+        views = _views(model, images, window_size, window_stride, bool(flip), batch_size)
     # Outside inference mode, so that what is returned is an ordinary tensor.
     backend = getattr(model, "backend", "auto")
     if backend == "reference":

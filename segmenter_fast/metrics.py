@@ -15,9 +15,30 @@ def iou(confusion: Tensor) -> Tensor:
     return intersection / union  # 0 / 0 is NaN
 
 
-def mean_iou(confusion: Tensor) -> float:
-    """Mean of `iou` over the classes that occur in the truth or in the prediction, in [0, 1]."""
-    return float(iou(confusion).nanmean())
+def mean_iou(confusion: Tensor, in_truth: bool = False) -> float:
+    """Mean of `iou` over the classes that occur in the truth or in the prediction, in [0, 1].
+
+    Args:
+        confusion: (K, K) counts, rows are the truth.
+        in_truth: over the classes that occur in the truth alone.
+    """
+    values = iou(confusion)
+    return float((values[confusion.sum(1) > 0] if in_truth else values).nanmean())
+
+
+def frequency_weighted_iou(confusion: Tensor) -> float:
+    """Mean of `iou` weighted with each class's share of the true pixels, in [0, 1].
+
+    Source: Long et al. 2015, section 5.
+    """
+    truth = confusion.double().sum(1)
+    return float((truth * iou(confusion).nan_to_num()).sum() / truth.sum())
+
+
+def mean_accuracy(confusion: Tensor) -> float:
+    """Mean over the true classes of the share of their pixels that are right, in [0, 1]."""
+    confusion = confusion.double()
+    return float((confusion.diagonal() / confusion.sum(1)).nanmean())
 
 
 def pixel_accuracy(confusion: Tensor) -> float:

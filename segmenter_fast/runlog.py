@@ -135,10 +135,11 @@ def plot_runs(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Non
         if not rows:
             raise ValueError(f"nothing to plot: {run} has logged nothing yet")
     panels = [panel for panel in PANELS if any(panel[0] in row for row in _all(logs.values()))]
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
-    for axes, (key, title) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
+    places = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, (key, title) in zip(places, panels, strict=False):
         for run, rows in logs.items():
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if points:
@@ -146,10 +147,22 @@ def plot_runs(runs: Sequence[str | os.PathLike], path: str | os.PathLike) -> Non
                 axes.plot(*zip(*points, strict=True), label=run, marker=marker, markersize=3)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in places[len(panels) :]:
+        axes.remove()
     if len(logs) > 1:
-        axes.legend(fontsize="small")
+        figure.legend(*_lines(places[: len(panels)]), loc="outside lower center", ncols=2)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _lines(places) -> tuple[list, list]:
+    """A line and a name for each run, from whichever panels it is in."""
+    found = {}
+    for axes in places:
+        for line, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, line)
+    return list(found.values()), list(found)
 
 
 def _all(logs: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def test_ade20k_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no ADE20K in .*segmenter-fast prepare ade20k"):
         ADE20K(tmp_path)
     folder = write_ade20k(tmp_path)
-    with pytest.raises(ValueError, match='must be "train" or "val", got \'training\''):
+    with pytest.raises(ValueError, match='must be "train", "val" or "test", got \'training\''):
         ADE20K(tmp_path, "training")
     label_map(folder / "annotations/training/ADE_train_00000002.png", [3] * 7 + [151])
     with pytest.raises(
@@ -259,6 +259,7 @@ def test_train_and_evaluate_by_name(tmp_path, kind, write, classes, name):
     config = SegmenterModel.from_pretrained(f"{run}/best").config
     assert config.n_cls == classes and config.dataset == kind.replace("-", "_")
     assert name in config.class_names and len(config.palette) == classes
-    result = CliRunner().invoke(app, ["evaluate", *data, "-w", f"{run}/best"])
+    words = ["evaluate", *data, "-w", f"{run}/best", "--protocol", "weights"]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert name in result.output and f"{kind}, split val" in result.output

@@ -118,6 +118,28 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, monkeypatch):
     assert [row["step"] for row in log_of(tmp_path / "run")] == [2, 4, 6, 8]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("amp", [False, True])
+def test_on_a_gpu(tmp_path, monkeypatch, amp):
+    """Bytes go over from pinned memory, and an interrupted run ends as a whole one does."""
+    options = dataclasses.replace(OPTIONS, steps=8, save_every=3, val_every=4, workers=1, amp=amp)
+
+    def on_gpu(seed=0):
+        model, *data = setup(seed)
+        return model.cuda(), *data
+
+    train(*on_gpu(), tmp_path / "whole", options)
+    at_step(5, interrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(*on_gpu(), tmp_path / "run", options)
+    result = train(*on_gpu(seed=9), tmp_path / "run", options, resume=True)
+    assert result["finished"] and math.isfinite(log_of(tmp_path / "run")[-1]["loss"])
+    whole, run = states(tmp_path / "whole", tmp_path / "run")
+    for name, value in whole["model"].items():  # cuBLAS need not choose alike twice
+        torch.testing.assert_close(run["model"][name], value, rtol=1e-2, atol=1e-3)
+
+
 def test_states_of_older_runs_can_be_resumed(tmp_path, monkeypatch):
     """Those that were saved before some of the options and some of the state existed."""
     options = dataclasses.replace(OPTIONS, steps=6, save_every=3)

@@ -7,6 +7,7 @@ from segmenter_fast.data.folder import PairedFiles, files_in, label_table, paire
 
 FOLDER = "ADEChallengeData2016"
 FOLDERS = {"train": "training", "val": "validation"}
+TEST = "release_test/testing"
 
 
 class ADE20K(PairedFiles):
@@ -16,7 +17,8 @@ class ADE20K(PairedFiles):
 
     Args:
         root: the folder ADEChallengeData2016, or the one that it lies in.
-        split: "train" (20,210 pictures) or "val" (2,000).
+        split: "train" (20,210 pictures), "val" (2,000) or "test": the pictures of the archive
+            release_test, in ROOT or beside it, whose labels are withheld.
 
     Raises:
         FileNotFoundError, ValueError: as `PairedFiles` and `FolderDataset`.
@@ -29,16 +31,20 @@ class ADE20K(PairedFiles):
     base_size = (2048, 512)
 
     def __init__(self, root, split: str = "train"):
-        root = find_root(Path(root))
-        if split not in FOLDERS:
-            raise ValueError(f'split must be "train" or "val", got {split!r}')
-        images = root / "images" / FOLDERS[split]
-        masks = root / "annotations" / FOLDERS[split]
+        root = Path(root)
+        if split == "test":
+            images, masks, maps = find_test(root), None, None
+        elif split in FOLDERS:
+            root = find_root(root)
+            images, masks = (root / name / FOLDERS[split] for name in ("images", "annotations"))
+            maps = files_in(masks, (".png",))
+        else:
+            raise ValueError(f'split must be "train", "val" or "test", got {split!r}')
         names, palette = read_classes("ade20k")
         table = label_table(
             {0: 255, 255: 255, **{label: label - 1 for label in range(1, 151)}}, "0 to 150"
         )
-        files = paired(files_in(images, (".jpg",)), files_in(masks, (".png",)), images, masks)
+        files = paired(files_in(images, (".jpg",)), maps, images, masks)
         super().__init__(files, names, palette, table=table)
 
 
@@ -55,3 +61,15 @@ def find_root(root: Path) -> Path:
         f"no ADE20K in {root}: expected {FOLDER}/images and {FOLDER}/annotations. "
         f"'segmenter-fast prepare ade20k {root}' says where to get it"
     )
+
+
+def find_test(root: Path) -> Path:
+    """The folder of the test pictures.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for folder in (root / TEST, root.parent / TEST):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no test pictures of ADE20K: expected {root / TEST}")

@@ -46,7 +46,7 @@ class Cityscapes(PairedFiles):
     Args:
         root: the folder that holds leftImg8bit/ and gtFine/.
         split: "train" (2,975 pictures), "val" (500) or "test" (1,525, whose labels are withheld:
-            every pixel is 255).
+            gtFine/test is not read, and every pixel is 255).
 
     Raises:
         FileNotFoundError, ValueError: as `PairedFiles` and `FolderDataset`.
@@ -62,21 +62,23 @@ class Cityscapes(PairedFiles):
         root = Path(root)
         if split not in self.counts:
             raise ValueError(f'split must be "train", "val" or "test", got {split!r}')
-        for name in ("leftImg8bit", "gtFine"):
+        for name in ("leftImg8bit",) if split == "test" else ("leftImg8bit", "gtFine"):
             if not (root / name / split).is_dir():
                 raise FileNotFoundError(
                     f"no Cityscapes {split} in {root}: expected {name}/{split}. "
                     f"'segmenter-fast prepare cityscapes {root}' says where to get it"
                 )
-        images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
-        pictures = _of_cities(images, PICTURE)
-        maps = _of_cities(masks, LABEL_TRAIN_IDS) | _of_cities(masks, LABEL_IDS)
         names, palette = read_classes("cityscapes")
         meaning = {label: TRAIN_IDS.get(label, 255) for label in range(34)}
         self._label_ids = label_table(meaning | {255: 255}, "label ids 0 to 33")
         self._train_ids = label_table(
             {**{k: k for k in range(19)}, 255: 255}, "train ids 0 to 18 or 255"
         )
+        images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
+        pictures = _of_cities(images, PICTURE)
+        maps = None
+        if split != "test":
+            maps = _of_cities(masks, LABEL_TRAIN_IDS) | _of_cities(masks, LABEL_IDS)
         super().__init__(paired(pictures, maps, images, masks), names, palette)
 
     def table_of(self, label_map: Path) -> LabelTable:

@@ -71,9 +71,9 @@ def files_in(folder: Path, suffixes: tuple[str, ...], ending: str = "") -> dict[
 
 
 def paired(
-    pictures: Mapping[str, Path], maps: Mapping[str, Path], images, masks
-) -> list[tuple[Path, Path]]:
-    """Pair the files of `images` and `masks` by their keys.
+    pictures: Mapping[str, Path], maps: Mapping[str, Path] | None, images, masks=None
+) -> list[tuple[Path, Path | None]]:
+    """Pair the files of `images` and `masks` by their keys, or with None without any `maps`.
 
     Raises:
         FileNotFoundError: no pictures.
@@ -81,6 +81,8 @@ def paired(
     """
     if not pictures:
         raise FileNotFoundError(f"no images ({', '.join(IMAGE_SUFFIXES)}) in {images}")
+    if maps is None:
+        return [(pictures[key], None) for key in sorted(pictures)]
     for what, other, have, where, theirs, elsewhere in (
         ("images", "label map", pictures, images, maps, masks),
         ("label maps", "image", maps, masks, pictures, images),
@@ -99,7 +101,8 @@ class PairedFiles(torch.utils.data.Dataset):
     """Pictures and label maps in files: what every data set on a disk has in common.
 
     Args:
-        files: (picture, label map) of each sample.
+        files: (picture, label map) of each sample; None for the label map of one without labels,
+            all of whose pixels are `ignore_index`.
         class_names: K names; the number of classes is their number.
         palette: K (r, g, b) colours for pictures of the result.
         ignore_index: label without a class.
@@ -129,6 +132,11 @@ class PairedFiles(torch.utils.data.Dataset):
             f"0 to {self.num_classes - 1} or ignore_index {ignore_index}",
         )
 
+    @property
+    def labelled(self) -> bool:
+        """Whether there is anything to compare a prediction with."""
+        return any(label_map is not None for _, label_map in self.files)
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -136,6 +144,9 @@ class PairedFiles(torch.utils.data.Dataset):
         """(3, H, W) uint8 image and (H, W) uint8 labels."""
         picture, label_map = self.files[index]
         image = np.array(load_image(picture))
+        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        if label_map is None:
+            return pixels, torch.full(image.shape[:2], self.ignore_index, dtype=torch.uint8)
         mask = load_mask(label_map)
         if image.shape[:2] != mask.shape:
             raise ValueError(
@@ -149,8 +160,7 @@ class PairedFiles(torch.utils.data.Dataset):
                 f"{label_map} holds label {int(wrong[0])} at "
                 f"{int((wrong == wrong[0]).sum())} pixels; expected {table.expected}"
             )
-        labels = table.classes.take(mask)
-        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(labels)
+        return pixels, torch.from_numpy(table.classes.take(mask))
 
     def table_of(self, label_map: Path) -> LabelTable:
         """What the values in this file mean."""
@@ -162,7 +172,8 @@ class FolderDataset(PairedFiles):
 
     Args:
         images: folder of pictures.
-        masks: folder of single-channel label maps; values are class numbers or `ignore_index`.
+        masks: folder of single-channel label maps; values are class numbers or `ignore_index`. None
+            for pictures without labels.
         class_names: K names; the number of classes is their number.
         palette: K (r, g, b) colours for pictures of the result.
         ignore_index: label without a class.
@@ -188,7 +199,7 @@ class FolderDataset(PairedFiles):
         label_map: Mapping[int, int] | None = None,
     ):
         pictures = files_in(Path(images), IMAGE_SUFFIXES)
-        maps = files_in(Path(masks), MASK_SUFFIXES, mask_suffix)
+        maps = None if masks is None else files_in(Path(masks), MASK_SUFFIXES, mask_suffix)
         class_names, table = tuple(class_names), None
         if label_map is not None:
             unknown = set(label_map.values()) - {*range(len(class_names)), ignore_index}

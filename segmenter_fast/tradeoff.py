@@ -1,0 +1,435 @@
+"""Images per second against mIoU: the paper's figure 4, measured on the machine at hand.
+
+Speed needs no training, so every variant is timed with random weights, images to label maps. mIoU
+is either measured (of weights that are given, or of the small models that this project trained on
+procedural scenes) or published; a row says which, and where it comes from.
+
+A machine's speed wanders. Every model is therefore timed in several passes over all models, and its
+figure is the median over the passes.
+"""
+
+import csv
+import gc
+import io
+import itertools
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from segmenter_fast.checkpoint import load_checkpoint
+from segmenter_fast.config import SegmenterConfig
+from segmenter_fast.data.scenes import Scenes
+from segmenter_fast.files import replacing
+from segmenter_fast.published import published
+from segmenter_fast.variants import create_config, create_model_from_config
+
+SMALL_MODELS = Path(__file__).parent / "data" / "small_models.json"
+SIZES, PATCHES = "TSBL", (8, 16, 32)
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PARTS = ("patch embedding", "attention", "linear layers", "head", "other")
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+# Batches grow while they gain more than this.
+GAIN = 1.03
+
+
+def variants() -> list[str]:
+    """T, S, B and L, linear and mask, patches of 8, 16 and 32: small ones first."""
+    return [
+        f"Seg-{size}{decoder}/{patch}"
+        for size in SIZES
+        for patch in reversed(PATCHES)
+        for decoder in ("", "-Mask")
+    ]
+
+
+class Task(NamedTuple):
+    """A model to be timed, and what is known of its mIoU.
+
+    Args:
+        name: of the row.
+        config: architecture and crop; the images have the size of the crop.
+        precision: "float32", "bfloat16" or "float16".
+        miou: in percent, or None.
+        kind: "measured" or "published", or "" without an mIoU.
+        source: where the mIoU comes from.
+        dataset: it is of.
+    """
+
+    name: str
+    config: SegmenterConfig
+    precision: str
+    miou: float | None = None
+    kind: str = ""
+    source: str = ""
+    dataset: str = ""
+
+
+class Speed(NamedTuple):
+    """What was measured of a task.
+
+    Args:
+        images_per_second: at batch 1, median over the passes.
+        best_images_per_second, best_batch: of the batch with the most.
+        parts: share of the time by `PARTS`, at batch 1.
+        reason: why it was not measured, else "".
+    """
+
+    images_per_second: float | None
+    best_images_per_second: float | None = None
+    best_batch: int | None = None
+    parts: dict[str, float] | None = None
+    reason: str = ""
+
+
+def published_tasks(
+    names: Iterable[str], precisions: Iterable[str], size: int, num_classes: int
+) -> list[Task]:
+    """Variants with what is published of them on ADE20K."""
+    tasks = []
+    for name, precision in itertools.product(names, precisions):
+        row = published(name)
+        known = row is not None and row.miou is not None
+        tasks.append(
+            Task(
+                name,
+                create_config(name, num_classes, size),
+                precision,
+                row.miou if known else None,
+                "published" if known else "",
+                row.source if known else "",
+                "ade20k",
+            )
+        )
+    return tasks
+
+
+def small_tasks(precisions: Iterable[str]) -> list[Task]:
+    """The small models that this project trained on procedural scenes, with their mIoU.
+
+    Source: benchmarks/ablations.yaml and the results of `python -m benchmarks.ablations`.
+    """
+    tasks = []
+    known = json.loads(SMALL_MODELS.read_text(encoding="utf-8"))
+    for row, precision in itertools.product(known, precisions):
+        changes = dict(row["model"])
+        variant = changes.pop("variant")
+        config = create_config(variant, len(Scenes.class_names), tuple(row["size"]), **changes)
+        name = variant if "d_model" not in changes else f"{variant}, width {config.d_model}"
+        spread = "" if row["spread"] is None else f" ± {row['spread']:.1f}"
+        source = f"{row['seeds']} seeds{spread}, {row['steps']} steps on {row['scenes']} scenes"
+        tasks.append(Task(name, config, precision, row["miou"], "measured", source, "scenes"))
+    return tasks
+
+
+def weights_task(source: str, miou: float, dataset: str, protocol: str, precision: str) -> Task:
+    """Weights with an mIoU, in percent, that was measured by `evaluate`."""
+    config = load_checkpoint(source)[0]
+    return Task(source, config, precision, miou, "measured", protocol, dataset)
+
+
+def _random_model(task: Task, device: torch.device, backend: str):
+    """A model of the architecture; its values are small, and cheap to draw."""
+    with torch.device("meta"):
+        model = create_model_from_config(task.config, backend)
+    model = model.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.02, generator=generator)
+            else:
+                parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return model.to(PRECISIONS[task.precision]).eval()
+
+
+def _images(task: Task, batch: int, device: torch.device) -> torch.Tensor:
+    """Network input with structure, as pictures have and noise has not."""
+    generator = torch.Generator().manual_seed(batch)
+    layers = [
+        torch.nn.functional.interpolate(
+            torch.randn(batch, 3, side, side, generator=generator),
+            size=task.config.image_size,
+            mode="bicubic",
+        )
+        for side in (4, 16, 64)
+    ]
+    return (sum(layers) / 2).to(device, PRECISIONS[task.precision])
+
+
+def _seconds(model, x: torch.Tensor, device: torch.device) -> float:
+    start = time.perf_counter()
+    model.labels(x)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def measure(
+    tasks: Sequence[Task],
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+    passes: int = 3,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = 60.0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Speed]:
+    """Time all tasks, images to label maps.
+
+    Args:
+        tasks: what to time.
+        device, backend: where, and with what.
+        passes: over all tasks; figures are medians over them.
+        batches: rising, beginning with 1; larger ones are tried while they gain.
+        seconds: a call that would take longer is not made; what this leaves out says so.
+        progress: told what is being timed.
+
+    Returns:
+        One Speed for each task.
+
+    Raises:
+        ValueError: `batches` that do not begin with 1, or no pass.
+    """
+    if not batches or batches[0] != 1 or list(batches) != sorted(set(batches)) or passes < 1:
+        raise ValueError(
+            f"batches must rise from 1 and passes be at least 1, got {batches} and {passes}"
+        )
+    device = torch.device(device)
+    single: list[list[float]] = [[] for _ in tasks]
+    best: list[tuple[float, int]] = [(0.0, 1)] * len(tasks)
+    parts: list[dict[str, float] | None] = [None] * len(tasks)
+    reasons = [""] * len(tasks)
+    for turn in range(passes):
+        for i, task in enumerate(tasks):
+            if reasons[i]:
+                continue
+            progress(f"pass {turn + 1} of {passes}: {task.name}, {task.precision}")
+            try:
+                model = _random_model(task, device, backend)
+                x = _images(task, 1, device)
+                first = _seconds(model, x, device)  # warms up, too
+                if first > seconds:
+                    reasons[i] = f"one image takes {first:.0f} s, more than --seconds"
+                    continue
+                repeats = max(1, min(10, round(0.5 / first)))
+                single[i] += [_seconds(model, x, device) for _ in range(repeats)]
+                if turn == 0:
+                    parts[i] = _parts(model, x, device)
+                    best[i] = _best_batch(task, model, device, batches, seconds, single[i])
+            except (RuntimeError, MemoryError) as error:  # such as one that has no room
+                reasons[i] = str(error).splitlines()[0][:120]
+            finally:
+                model = x = None
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    results = []
+    for i in range(len(tasks)):
+        if reasons[i] or not single[i]:
+            results.append(Speed(None, reason=reasons[i]))
+            continue
+        one = 1 / statistics.median(single[i])
+        rate, batch = max(best[i], (one, 1))
+        results.append(Speed(one, rate, batch, parts[i]))
+    return results
+
+
+def _best_batch(task, model, device, batches, seconds, single) -> tuple[float, int]:
+    """(images per second, batch) of the best batch; larger ones are tried while they gain."""
+    best = (1 / statistics.median(single), 1)
+    for batch in batches[1:]:
+        if 1.5 * batch / best[0] > seconds:
+            break
+        x = _images(task, batch, device)
+        model.labels(x)
+        rate = batch / min(_seconds(model, x, device) for _ in range(2))
+        if rate < GAIN * best[0]:
+            break
+        best = (rate, batch)
+    return best
+
+
+# --- Where the time goes -------------------------------------------------------------------------
+
+_OPERATIONS = (
+    ("patch embedding", ("patch_embed", "conv")),
+    ("attention", ("attention",)),
+    ("head", ("upsample", "argmax", "mask_product", "windows")),
+    ("linear layers", ("linear", "addmm", "mm", "mlp", "matmul", "gemm")),
+)
+
+
+def part_of(operation: str) -> str:
+    """The part that an operation of PyTorch or of this library belongs to."""
+    for part, words in _OPERATIONS:
+        if any(word in operation for word in words):
+            return part
+    return "other"
+
+
+def _parts(model, x: torch.Tensor, device: torch.device) -> dict[str, float]:
+    """Shares of the time by part, from PyTorch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kinds = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(ProfilerActivity.CUDA)
+    with profile(activities=kinds) as profiler:
+        model.labels(x)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    times = dict.fromkeys(PARTS, 0.0)
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        times[part_of(event.key)] += own
+    total = sum(times.values()) or 1.0
+    return {part: value / total for part, value in times.items()}
+
+
+# --- What comes of it ----------------------------------------------------------------------------
+
+COLUMNS = (
+    "model", "patch", "decoder", "precision", "size", "images_per_second", "best_images_per_second",
+    "best_batch", *PARTS, "miou", "dataset", "kind", "source", "reason",
+)  # fmt: skip
+
+
+def rows_of(tasks: Sequence[Task], speeds: Sequence[Speed]) -> list[dict[str, Any]]:
+    """Plain rows with the columns of `COLUMNS`."""
+    rows = []
+    for task, speed in zip(tasks, speeds, strict=True):
+        config = task.config
+        rows.append(
+            {
+                "model": task.name,
+                "patch": config.patch_size,
+                "decoder": "mask" if config.decoder == "mask_transformer" else "linear",
+                "precision": task.precision,
+                "size": f"{config.image_size[0]} x {config.image_size[1]}",
+                "images_per_second": speed.images_per_second,
+                "best_images_per_second": speed.best_images_per_second,
+                "best_batch": speed.best_batch,
+                **{part: (speed.parts or {}).get(part) for part in PARTS},
+                "miou": task.miou,
+                "dataset": task.dataset if task.miou is not None else "",
+                "kind": task.kind,
+                "source": task.source,
+                "reason": speed.reason,
+            }
+        )
+    return rows
+
+
+def _rate(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return ""
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return f"{value:,.{digits}f}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Markdown lines."""
+    head = ["model", "precision", "images/s", "best batch", *PARTS, "mIoU", "of"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        if row["reason"]:
+            cells = [f"not run: {row['reason']}", "", *[""] * len(PARTS)]
+        else:
+            best = f"{_rate(row['best_images_per_second'])} at {row['best_batch']}"
+            cells = [_rate(row["images_per_second"]), best]
+            cells += ["" if row[p] is None else f"{100 * row[p]:.0f} %" for p in PARTS]
+        miou = "" if row["miou"] is None else f"{row['miou']:.1f}"
+        source = f"{row['dataset']}, {row['kind']} ({row['source']})" if miou else ""
+        cells = [row["model"], row["precision"], *cells, miou, source]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def write_tables(
+    output: Path, rows: Sequence[dict[str, Any]], machine: dict[str, Any], heading: str
+) -> None:
+    """README.md, tradeoff.csv and tradeoff.json."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    contents = {
+        "tradeoff.csv": text.getvalue(),
+        "tradeoff.json": json.dumps({"machine": machine, "rows": list(rows)}, indent=1) + "\n",
+        "README.md": "\n".join([heading, "", *table(rows), ""]),
+    }
+    for name, content in contents.items():
+        with replacing(output / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+
+
+def draw(rows: Sequence[dict[str, Any]], title: str, *paths: str | os.PathLike) -> None:
+    """Images per second (logarithmic) against mIoU, one curve for each patch size.
+
+    Args:
+        rows: of `rows_of`; those without a speed or an mIoU are left out.
+        title: of the figure.
+        paths: .png or .svg files to write.
+
+    Raises:
+        ImportError: matplotlib is missing.  ValueError: no row has both.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
+    except ImportError as error:
+        raise ImportError(
+            "the figure is drawn by matplotlib: pip install 'segmenter_fast[plot]'"
+        ) from error
+    rows = [row for row in rows if row["images_per_second"] and row["miou"] is not None]
+    if not rows:
+        raise ValueError("nothing to draw: no row has both images per second and an mIoU")
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure = Figure(figsize=(6.4 * len(datasets), 4.8), layout="constrained")
+    styles = {"float32": "-", "bfloat16": "--", "float16": ":"}
+    for axes, dataset in zip(
+        figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True
+    ):
+        mine = [row for row in rows if row["dataset"] == dataset]
+        groups = dict.fromkeys((r["patch"], r["decoder"], r["precision"]) for r in mine)
+        for patch, decoder, precision in groups:
+            points = sorted(
+                (r["images_per_second"], r["miou"], r["model"])
+                for r in mine
+                if (r["patch"], r["decoder"], r["precision"]) == (patch, decoder, precision)
+            )
+            axes.plot(
+                [p[0] for p in points],
+                [p[1] for p in points],
+                styles[precision],
+                color={8: "#1b7837", 16: "#2166ac", 32: "#b2182b"}.get(patch, "#555555"),
+                marker="o" if decoder == "mask" else "s",
+                markersize=5,
+                label=f"patch {patch}, {decoder}, {precision}",
+            )
+            for x, y, name in points:
+                axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
+        kinds = ", ".join(dict.fromkeys(row["kind"] for row in mine))
+        axes.set(
+            xscale="log",
+            xlabel="images per second, batch 1",
+            ylabel=f"mIoU on {dataset} ({kinds})",
+        )
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.margins(0.15)
+        axes.grid(alpha=0.3, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    for path in paths:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format=Path(path).suffix[1:], dpi=120)

@@ -1,0 +1,203 @@
+"""Images per second against mIoU: what is timed, what is told, and the command."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from segmenter_fast import create_model, tradeoff
+from segmenter_fast.cli import app
+from segmenter_fast.data import Scenes
+from segmenter_fast.evaluate import evaluate
+from segmenter_fast.published import PUBLISHED, published
+from segmenter_fast.tradeoff import (
+    COLUMNS,
+    PARTS,
+    Speed,
+    draw,
+    measure,
+    part_of,
+    published_tasks,
+    rows_of,
+    small_tasks,
+    table,
+    variants,
+)
+from segmenter_fast.variants import VARIANTS
+
+
+def toy(name="Seg-N-Mask/32", precision="float32", miou=None, size=64):
+    [task] = published_tasks([name], [precision], size, 5)
+    return task._replace(miou=miou, kind="published" if miou else "", source="somewhere")
+
+
+def test_variants_are_the_papers():
+    assert len(variants()) == 24 and set(variants()) <= set(VARIANTS)
+
+
+def test_published_figures_are_of_known_models():
+    assert len({(row.model, row.dataset) for row in PUBLISHED}) == len(PUBLISHED)
+    for row in PUBLISHED:
+        assert row.model in VARIANTS and 20 < row.miou < 100 and row.source
+        assert row.miou_multiscale is None or row.miou < row.miou_multiscale < row.miou + 5
+    assert published("Seg-B-Mask/16").miou == 48.5
+    assert published("Seg-T/8") is None
+
+
+def test_measure():
+    """Batches grow, parts add up, and medians are of what was timed."""
+    tasks = [toy(), toy(precision="bfloat16"), toy("Seg-N/16")]
+    told = []
+    speeds = measure(tasks, passes=2, batches=(1, 2), seconds=60, progress=told.append)
+    assert len(speeds) == 3 and len(told) == 6
+    for speed in speeds:
+        assert 0 < speed.images_per_second <= speed.best_images_per_second * 1.000001
+        assert speed.best_batch in (1, 2) and set(speed.parts) == set(PARTS)
+        assert sum(speed.parts.values()) == pytest.approx(1) and speed.parts["linear layers"] > 0
+        assert speed.parts["attention"] > 0 and speed.parts["head"] > 0
+
+
+def test_what_takes_too_long_says_so(monkeypatch):
+    monkeypatch.setattr(tradeoff, "_seconds", lambda *_: 9.0)
+    [speed] = measure([toy()], passes=3, batches=(1,), seconds=5)
+    assert speed.images_per_second is None and "one image takes 9 s" in speed.reason
+
+
+def test_what_fails_does_not_stop_the_others(monkeypatch):
+    real = tradeoff._random_model
+
+    def fail(task, device, backend):
+        if "Mask" in task.name:
+            raise RuntimeError("no room for 3 GiB\nat some place")
+        return real(task, device, backend)
+
+    monkeypatch.setattr(tradeoff, "_random_model", fail)
+    first, second = measure([toy(), toy("Seg-N/32")], passes=1, batches=(1,))
+    assert first.reason == "no room for 3 GiB" and second.images_per_second > 0
+
+
+def test_random_models_are_finite_in_every_precision():
+    for precision in tradeoff.PRECISIONS:
+        task = toy("Seg-N-Mask/16", precision)
+        model = tradeoff._random_model(task, torch.device("cpu"), "reference")
+        assert all(p.isfinite().all() and p.dtype == tradeoff.PRECISIONS[precision]
+                   for p in model.parameters())  # fmt: skip
+        names = {name for name, _ in create_model("Seg-N-Mask/16", 5, 64).named_parameters()}
+        assert {name for name, _ in model.named_parameters()} == names
+
+
+@pytest.mark.parametrize(
+    ("operation", "part"),
+    [
+        ("aten::addmm", "linear layers"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("segmenter_fast::attention_triton", "attention"),
+        ("segmenter_fast::upsample_argmax", "head"),
+        ("segmenter_fast::mask_product_triton", "head"),
+        ("aten::mkldnn_convolution", "patch embedding"),
+        ("aten::native_layer_norm", "other"),
+        ("aten::gelu", "other"),
+    ],
+)
+def test_parts(operation, part):
+    assert part_of(operation) == part
+
+
+def test_small_models_have_an_mIoU_that_was_measured():
+    tasks = small_tasks(["float32"])
+    assert len({task.name for task in tasks}) == len(tasks) >= 5
+    for task in tasks:
+        assert 10 < task.miou < 80 and task.kind == "measured" and "seeds" in task.source
+        assert task.config.n_cls == len(Scenes.class_names)
+
+
+ROWS = [
+    (toy("Seg-T-Mask/16", miou=38.1), Speed(12.345, 20.0, 4, dict.fromkeys(PARTS, 0.2))),
+    (toy("Seg-B-Mask/16", miou=48.5), Speed(1.2, 1.3, 2, dict.fromkeys(PARTS, 0.2))),
+    (toy("Seg-L-Mask/8"), Speed(None, reason="one image takes 99 s, more than --seconds")),
+]
+
+
+def test_table_and_columns():
+    rows = rows_of(*zip(*ROWS, strict=True))
+    assert all(tuple(row) == COLUMNS for row in rows)
+    lines = table(rows)
+    assert lines[2].startswith("| Seg-T-Mask/16 | float32 | 12.3 | 20.0 at 4 | 20 % |")
+    assert lines[2].endswith("| 38.1 | ade20k, published (somewhere) |")
+    assert "not run: one image takes 99 s" in lines[4]
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = rows_of(*zip(*ROWS, strict=True))
+    draw(rows, "a machine", tmp_path / "a.png", tmp_path / "a.svg")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > 500
+    assert "Seg-B-Mask/16" in (tmp_path / "a.svg").read_text()
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw(rows[2:], "a machine", tmp_path / "b.png")
+
+
+def run(*words, status=0):
+    result = CliRunner().invoke(app, ["tradeoff", *map(str, words)])
+    assert result.exit_code == status, f"{result.output}\n{result.exception!r}"
+    return result.output
+
+
+QUICK = ("--size", 64, "--passes", 1, "--batches", "1", "--precision", "float32")
+
+
+def test_command(tmp_path):
+    pytest.importorskip("matplotlib")
+    text = run("-o", tmp_path / "out", "--variants", "Seg-T-Mask/32,Seg-T-Mask/16", *QUICK)
+    assert "38.1" in text and "Seg-N-Mask/8" in text
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", "tradeoff.csv", "tradeoff.json", "tradeoff.png", "tradeoff.svg"}
+    with open(tmp_path / "out/tradeoff.csv") as file:
+        rows = list(csv.DictReader(file))
+    stored = json.loads((tmp_path / "out/tradeoff.json").read_text())
+    assert len(rows) == len(stored["rows"]) == 2 + len(small_tasks(["float32"]))
+    for row in stored["rows"]:
+        assert row["images_per_second"] > 0 and math.isfinite(row["images_per_second"])
+    assert {row["kind"] for row in stored["rows"]} == {"", "published", "measured"}
+    assert stored["machine"]["torch"] == torch.__version__
+    assert (
+        "![images per second against mIoU](tradeoff.png)"
+        in (tmp_path / "out/README.md").read_text()
+    )
+
+
+def test_weights_are_measured(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("Seg-N-Mask/16", 11, (64, 96), n_layers=1, decoder_n_layers=1)
+    model.config = dataclasses.replace(model.config, class_names=Scenes.class_names)
+    model.save_pretrained(tmp_path / "mine")
+    words = ("--variants", "none", "--no-small", "-w", tmp_path / "mine", "--dataset", "scenes")
+    run("-o", tmp_path / "out", *words, "--scene-size", "64,96", "--limit", 2, *QUICK)
+    [row] = json.loads((tmp_path / "out/tradeoff.json").read_text())["rows"]
+    expected = evaluate(model.eval(), Scenes(2, size=(64, 96), split="val"), progress=False)
+    assert row["miou"] == pytest.approx(100 * expected["miou"], abs=0.5)
+    assert row["kind"] == "measured" and row["dataset"] == "scenes" and "2 images" in row["source"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--variants", "Seg-X/16"), "Seg-X/16"),
+        (("--precision", "int4"), "--precision"),
+        (("--batches", "2,4"), "must rise from 1"),
+        (("--variants", "none", "--no-small"), "nothing to measure"),
+        (("--weights", "street"), "--dataset"),
+    ],
+)
+def test_bad_input(tmp_path, words, message):
+    status = 1 if "Seg-X/16" in words else 2
+    assert message in run("-o", tmp_path / "out", *words, status=status)
+    assert not Path(tmp_path / "out").exists()
