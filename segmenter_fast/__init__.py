@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from segmenter_fast.ops.upsample_cross_entropy import upsample_cross_entropy
     from segmenter_fast.ops.upsample_probabilities import upsample_probabilities
     from segmenter_fast.patch_logits import PatchLogits
+    from segmenter_fast.pretrained import load_pretrained
     from segmenter_fast.variants import create_model, list_variants
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "convert": "conversion",
     "create_model": "variants",
     "list_variants": "variants",
+    "load_pretrained": "pretrained",
     "predict": "inference",
     "upsample_argmax": "ops.upsample_argmax",
     "upsample_confusion": "ops.confusion",

@@ -1031,23 +1031,28 @@ def _starting_model(
     talks: bool,
 ):
     """A fresh model; with weights, one that starts from them, and is like theirs unless named."""
+    from segmenter_fast.checkpoint import variant_name
     from segmenter_fast.foreign import config_of
-    from segmenter_fast.pretrained import fit
+    from segmenter_fast.pretrained import fill
     from segmenter_fast.variants import create_model, create_model_from_config
 
     image_size = changes.pop("image_size")
     if variant is not None:
+        if weights is not None and weights.mean:
+            changes |= {"mean": weights.mean, "std": weights.std}
         model = create_model(variant, num_classes, image_size or 512, backend=backend, **changes)
     else:
         config = config_of(weights)
         if image_size is not None and image_size != config.image_size:
             window = {"window_size": min(image_size), "window_stride": min(image_size)}
             changes = window | changes | {"image_size": image_size}
-        changes |= {"n_cls": num_classes}
-        model = create_model_from_config(config.replace(**changes), backend=backend)
+        if changes.get("patch_size", config.patch_size) != config.patch_size:
+            changes |= {"backbone": None}  # its name has the patch size
+        config = config.replace(**changes | {"n_cls": num_classes})
+        config = config.replace(variant=variant_name(config))
+        model = create_model_from_config(config, backend=backend)
     if weights is not None:
-        report, values = fit(model, weights)
-        model.load_state_dict(values)
+        report = fill(model, weights)
         if talks:
             typer.echo(report)
     return model
@@ -1121,6 +1126,14 @@ def train(
             metavar="H,W",
             help="Training crop in pixels, multiples of the patch size. 512 or --init's unless "
             "given.",
+        ),
+    ] = None,
+    patch_size: Annotated[
+        int | None,
+        _network(
+            min=1,
+            help="Side of a patch in pixels, if other than --init's: its filters are resampled. "
+            "The name of --model has it.",
         ),
     ] = None,
     drop_path: Annotated[
@@ -1287,6 +1300,8 @@ def train(
     data.check()
     if model is None and init is None:
         raise _usage("--model", "give a --model such as Seg-T-Mask/16, or weights to --init from")
+    if model is not None and patch_size is not None:
+        raise _usage("--patch-size", f"the name of --model {model} has it already")
     steps, epochs = _run_length(ctx, steps, epochs)
     crop = _size("--image-size", image_size)
     zoom = _pair("--scale", scale)
@@ -1349,6 +1364,8 @@ def train(
         "palette": train_set.palette,
         "dataset": dataset.name if dataset != DatasetKind.folder else root.name or None,
     }
+    if patch_size is not None:
+        changes["patch_size"] = patch_size
     if drop_path is not None:
         changes["drop_path_rate"] = drop_path
     if decoder_dropout is not None:

@@ -1,18 +1,19 @@
 """Weights of other libraries by the official names: Google's ViT, timm, MMSegmentation.
 
 Which layout a file has is seen by its names. Nothing in it can run: `.npz` is read without pickled
-objects, `.pth` by `checkpoint.read_pth`.
+objects (`npz.py`), `.pth` by `checkpoint.read_pth`.
 """
 
+import json
 import math
+import os
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from segmenter_fast.checkpoint import (
@@ -26,10 +27,9 @@ from segmenter_fast.checkpoint import (
     variant_name,
 )
 from segmenter_fast.config import NORMALIZATION, SegmenterConfig
+from segmenter_fast.npz import encoder_of_jax, read_npz
 
 VIT, DEIT = NORMALIZATION["vit"], NORMALIZATION["deit"]
-# A single weight of ViT-L has 4 million values; an array beyond this is none.
-MAX_ARRAY_BYTES = 2**30
 
 
 class Weights(NamedTuple):
@@ -42,6 +42,8 @@ class Weights(NamedTuple):
         mean, std: of the images' normalisation where it is known.
         n_heads: of the encoder where it is known.
         norm_eps: of the encoder's layer norms.
+        class_names, palette: where the file has them.
+        unused: names in the file of what no Segmenter has.
     """
 
     source: str
@@ -51,6 +53,9 @@ class Weights(NamedTuple):
     std: tuple[float, ...] | None = None
     n_heads: int | None = None
     norm_eps: float = 1e-5
+    class_names: tuple[str, ...] | None = None
+    palette: tuple[tuple[int, ...], ...] | None = None
+    unused: tuple[str, ...] = ()
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -83,63 +88,96 @@ def read_weights(source: str | Path, **hub_options) -> Weights:
         FileNotFoundError: no such file or name.
         CheckpointError: damaged or unsafe, or of a layout that is not known.
     """
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(f"weights are named by a path or a str, got {type(source).__name__}")
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".npz":
-        return _from_jax(path, read_npz(path))
-    if path.is_file() and not _is_whole_checkpoint(path):
-        return _from_state(path, _read_state(path))
-    config, tensors = load_checkpoint(source, **hub_options)
-    return Weights(str(source), tensors, config, config.mean, config.std)
-
-
-def _is_whole_checkpoint(path: Path) -> bool:
-    """Whether a config lies beside the weights, which then say what they are."""
+        return _from_jax(path)
     try:
-        find_files(path)
+        files = find_files(source, **hub_options)
     except FileNotFoundError:
-        return False
+        if not path.is_file():
+            raise
+        return _from_file(path)  # without a config beside it
     except ValueError as error:
+        if not path.is_file():
+            raise
         raise CheckpointError(
             f"{path}: weights are .npz, .pth, .pt or .safetensors files"
         ) from error
-    return True
+    if _is_foreign(files.weights):
+        weights = _from_file(files.weights)
+        mean, std = _timm_normalization(files.config)
+        return weights._replace(mean=mean or weights.mean, std=std or weights.std)
+    config, tensors = load_checkpoint(files.weights)
+    return Weights(str(source), tensors, config, config.mean, config.std)
 
 
-def _read_state(path: Path) -> Mapping[str, Tensor]:
-    """Named tensors of a file, out of whatever they are wrapped in."""
-    if path.suffix == ".safetensors":
-        return check_tensors(path, read_safetensors(path))
+def _is_foreign(path: Path) -> bool:
+    """Whether safetensors are not ours, whatever config lies beside them.
+
+    Other libraries call the files of a hub repository config.json and model.safetensors, too.
+    """
+    if path.suffix != ".safetensors":
+        return False
     try:
-        content = read_pth(path)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error} A checkpoint of MMEngine keeps its log beside the weights; this, run where "
-            "it was made, leaves the weights alone: torch.save({'state_dict': "
-            "torch.load(FILE, weights_only=False)['state_dict']}, OUTPUT)"
-        ) from error
+        with safe_open(path, "pt") as file:
+            return not any(name.startswith("encoder.") for name in file.keys())
+    except (SafetensorError, OSError):
+        return False  # the reader says what is wrong
+
+
+def _timm_normalization(path: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and std that a config.json of timm names; None where there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["pretrained_cfg"]
+        mean, std = (tuple(map(float, values[key])) for key in ("mean", "std"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None, None
+    return (mean, std) if len(mean) == len(std) == 3 and min(std) > 0 else (None, None)
+
+
+def _from_file(path: Path) -> Weights:
+    """The layout by its names."""
+    content = read_safetensors(path) if path.suffix == ".safetensors" else _read_trusted(path)
+    state: Mapping[str, Any] = content
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content.get(key), Mapping):
-            content = content[key]
+            state = content[key]
             break
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not tensors:
+    state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not state:
         raise CheckpointError(f"{path}: no tensors, only {some(map(str, content))}")
-    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return check_tensors(path, tensors)
-
-
-def _from_state(path: Path, state: Mapping[str, Tensor]) -> Weights:
-    """The layout by its names."""
+    # DistributedDataParallel wraps all there is.
+    if all(isinstance(name, str) and name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    state = check_tensors(path, state)
     if "encoder.pos_embed" in state:
-        return Weights(f"{path} (Segmenter)", dict(state))
+        return Weights(f"{path} (Segmenter)", state)
     if "backbone.pos_embed" in state or "patch_embed.projection.weight" in state:
-        return _from_mmseg(path, state)
+        return _from_mmseg(path, state, content.get("meta"))
     if "pos_embed" in state and "patch_embed.proj.weight" in state:
         return _from_timm(path, state)
     raise CheckpointError(
         f"{path}: of no known layout (Segmenter, timm's ViT or DeiT, MMSegmentation's Segmenter, "
         f"or Google's ViT as .npz); it has {some(state)}"
     )
+
+
+def _read_trusted(path: Path) -> dict[str, Any]:
+    """`read_pth`, with a way out for checkpoints that hold a training's objects."""
+    try:
+        return read_pth(path)
+    except CheckpointError as error:
+        if "it asks for" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{error} Checkpoints of MMEngine and timm keep objects of the training beside the "
+            "weights. If you trust this one, this line, run where it was made, keeps the weights "
+            'alone: python -c "import torch; '
+            f"c = torch.load('{path}', 'cpu', weights_only=False); "
+            "torch.save({'state_dict': c.get('state_dict', c.get('model'))}, 'weights.pth')\""
+        ) from error
 
 
 def _renamed(path: Path, state: Mapping[str, Tensor], rules) -> dict[str, Tensor]:
@@ -156,7 +194,7 @@ def _renamed(path: Path, state: Mapping[str, Tensor], rules) -> dict[str, Tensor
     for name, value in state.items():
         for pattern, new, change in rules:
             match = re.fullmatch(pattern, name)
-            if match:
+            if match and match.expand(new) not in tensors:
                 tensors[match.expand(new)] = value if change is None else change(value)
                 break
         else:
@@ -192,7 +230,11 @@ def _from_timm(path: Path, state: Mapping[str, Tensor]) -> Weights:
 
 
 def _transposed(x: Tensor) -> Tensor:
-    return x.T.contiguous()
+    return x.T.contiguous() if x.ndim == 2 else x
+
+
+def _without_window(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.ndim == 4 else x
 
 
 def _blocks(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -224,106 +266,71 @@ MMSEG: tuple[Rule, ...] = (
     (r"decode_head\.classes_proj\.weight", "decoder.proj_classes", _transposed),
     (r"decode_head\.(decoder_norm|mask_norm)\.(weight|bias)", r"decoder.\1.\2", None),
     # The linear decoder: a convolution of 1 x 1.
-    (r"decode_head\.conv_seg\.weight", "decoder.head.weight", lambda x: x.flatten(1)),
+    (r"decode_head\.conv_seg\.weight", "decoder.head.weight", _without_window),
     (r"decode_head\.conv_seg\.bias", "decoder.head.bias", None),
 )  # fmt: skip
 _LAYOUT = {TIMM: "ViT or DeiT of timm", MMSEG: "Segmenter of MMSegmentation"}
 
 
-def _from_mmseg(path: Path, state: Mapping[str, Tensor]) -> Weights:
-    # The training heads beside the decoder are of no use here.
-    state = {name: value for name, value in state.items() if not name.startswith("auxiliary_head.")}
-    tensors = _renamed(path, state, MMSEG)
-    source = f"{path} (MMSegmentation)"
-    return Weights(source, tensors, mean=VIT[0], std=VIT[1], norm_eps=1e-6)
+def _from_mmseg(path: Path, state: Mapping[str, Tensor], meta: Any) -> Weights:
+    # Heads for training alone; and the classifier that every head of theirs is made with, which
+    # the mask transformer never used, and did not remove at first.
+    heads = ["auxiliary_head."]
+    if "decode_head.cls_emb" in state:
+        heads.append("decode_head.conv_seg.")
+    unused = tuple(name for name in state if name.startswith(tuple(heads)))
+    tensors = _renamed(path, {n: x for n, x in state.items() if n not in unused}, MMSEG)
+    # Their patch projection has no bias unless asked for since version 1.2, and always before.
+    filters = tensors.get("encoder.patch_embed.proj.weight")
+    if filters is not None:
+        zeros = torch.zeros(filters.shape[:1])
+        tensors.setdefault("encoder.patch_embed.proj.bias", zeros)
+    names, palette = _mmseg_classes(meta)
+    return Weights(
+        f"{path} (MMSegmentation)",
+        tensors,
+        mean=VIT[0],
+        std=VIT[1],
+        norm_eps=1e-6,
+        class_names=names,
+        palette=palette,
+        unused=unused,
+    )
+
+
+def _mmseg_classes(meta: Any) -> tuple[tuple | None, tuple | None]:
+    """Class names and palette out of a checkpoint's `meta`, of MMEngine or before; None if odd."""
+    meta = meta if isinstance(meta, Mapping) else {}
+    about = meta.get("dataset_meta")
+    about = about if isinstance(about, Mapping) else {}
+    names = about.get("classes", meta.get("CLASSES"))
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return None, None
+    palette = about.get("palette", meta.get("PALETTE"))
+    try:
+        palette = tuple(tuple(int(value) for value in colour) for colour in palette)
+    except (TypeError, ValueError):
+        palette = ()
+    good = len(palette) == len(names) and all(
+        len(colour) == 3 and 0 <= min(colour) and max(colour) <= 255 for colour in palette
+    )
+    return tuple(names), palette if good else None
 
 
 # --- Google's vision_transformer -----------------------------------------------------------------
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of numbers in an `.npz` file; nothing is unpickled.
-
-    Raises:
-        CheckpointError: damaged, with objects, or larger than any weights.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = {record.filename: record.file_size for record in archive.infolist()}
-        big = [name for name, size in sizes.items() if size > MAX_ARRAY_BYTES]
-        if big:
-            raise CheckpointError(f"{path}: larger than any weight: {some(big)}")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
-        if isinstance(error, OSError) and not path.is_file():
-            raise
-        raise CheckpointError(
-            f"{path}: damaged, or not an .npz of plain arrays ({error})"
-        ) from error
-    wrong = [name for name, value in arrays.items() if value.dtype.kind != "f"]
-    if wrong:
-        raise CheckpointError(f"{path}: expected floating point arrays: {some(wrong)}")
-    return arrays
-
-
-def _from_jax(path: Path, arrays: Mapping[str, np.ndarray]) -> Weights:
-    """Kernels are (in, out) there; queries, keys and values apart, and split by heads."""
-    left = {name: torch.from_numpy(value).float() for name, value in arrays.items()}
-
-    def take(name: str) -> Tensor:
-        if name not in left:
-            raise CheckpointError(f"{path}: not a ViT of Google's vision_transformer: no {name}")
-        return left.pop(name)
-
-    def dense(theirs: str, ours: str) -> None:
-        kernel, bias = take(f"{theirs}/kernel"), take(f"{theirs}/bias")
-        tensors[f"{ours}.weight"] = kernel.reshape(-1, bias.numel()).T.contiguous()
-        tensors[f"{ours}.bias"] = bias.flatten()
-
-    def norm(theirs: str, ours: str) -> None:
-        tensors[f"{ours}.weight"] = take(f"{theirs}/scale")
-        tensors[f"{ours}.bias"] = take(f"{theirs}/bias")
-
-    tensors: dict[str, Tensor] = {
-        "encoder.cls_token": take("cls"),
-        "encoder.pos_embed": take("Transformer/posembed_input/pos_embedding"),
-        "encoder.patch_embed.proj.weight": take("embedding/kernel")
-        .permute(3, 2, 0, 1)
-        .contiguous(),
-        "encoder.patch_embed.proj.bias": take("embedding/bias"),
-    }
-    norm("Transformer/encoder_norm", "encoder.norm")
-    depth = 1 + max(
-        (int(n) for n in re.findall(r"encoderblock_(\d+)/", "\n".join(left))), default=-1
+def _from_jax(path: Path) -> Weights:
+    tensors, n_heads, unused = encoder_of_jax(path, read_npz(path))
+    return Weights(
+        f"{path} (Google's ViT)",
+        tensors,
+        mean=VIT[0],
+        std=VIT[1],
+        n_heads=n_heads,
+        norm_eps=1e-6,
+        unused=unused,
     )
-    n_heads = None
-    for i in range(depth):
-        theirs, ours = f"Transformer/encoderblock_{i}", f"encoder.blocks.{i}"
-        attention = f"{theirs}/MultiHeadDotProductAttention_1"
-        parts = [f"{attention}/{name}" for name in ("query", "key", "value")]
-        kernels, biases = ([take(f"{p}/{kind}") for p in parts] for kind in ("kernel", "bias"))
-        if any(kernel.ndim != 3 for kernel in kernels):
-            raise CheckpointError(f"{path}: {parts[0]}/kernel must be (D, heads, D / heads)")
-        n_heads = kernels[0].shape[1]
-        # (D, heads, D / heads) each: rows of the packed matrix in the order of heads.
-        qkv = torch.cat([kernel.flatten(1).T for kernel in kernels])
-        tensors[f"{ours}.attn.qkv.weight"] = qkv.contiguous()
-        tensors[f"{ours}.attn.qkv.bias"] = torch.cat([bias.flatten() for bias in biases])
-        dense(f"{attention}/out", f"{ours}.attn.proj")
-        norm(f"{theirs}/LayerNorm_0", f"{ours}.norm1")
-        norm(f"{theirs}/LayerNorm_2", f"{ours}.norm2")
-        dense(f"{theirs}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1")
-        dense(f"{theirs}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
-    for theirs, ours in (("pre_logits", "encoder.pre_logits"), ("head", "encoder.head")):
-        if f"{theirs}/kernel" in left:
-            dense(theirs, ours)
-    if left:
-        raise CheckpointError(f"{path}: not known in a ViT of Google's: {some(left)}")
-    source = f"{path} (Google's ViT)"
-    return Weights(source, tensors, mean=VIT[0], std=VIT[1], n_heads=n_heads, norm_eps=1e-6)
 
 
 # --- A whole model -------------------------------------------------------------------------------
@@ -337,11 +344,20 @@ def config_of(weights: Weights, n_heads: int | None = None) -> SegmenterConfig:
         n_heads: of the encoder; None is one for 64 channels, as in all published models.
 
     Raises:
-        CheckpointError: no decoder, or tensors of no Segmenter.
+        CheckpointError: no decoder, tensors of no Segmenter, or other heads than it has.
     """
     if weights.config is not None:
+        if n_heads not in (None, weights.config.n_heads):
+            raise CheckpointError(
+                f"{weights.source} has {weights.config.n_heads} heads by its config, not {n_heads}"
+            )
         return weights.config
     tensors = weights.tensors
+    if not any(name.startswith("decoder.") for name in tensors):
+        raise CheckpointError(
+            f"{weights.source} is no whole Segmenter but an encoder: name the model that is to "
+            "start from it (create_model or --model)"
+        )
 
     def need(name: str, rank: int) -> Tensor:
         if name not in tensors or tensors[name].ndim != rank:
@@ -363,6 +379,8 @@ def config_of(weights: Weights, n_heads: int | None = None) -> SegmenterConfig:
     n_cls = need("decoder.cls_emb", 3).shape[1] if mask else need("decoder.head.weight", 2).shape[0]
     heads = n_heads or weights.n_heads or max(1, width // 64)
     mean, std = (weights.mean, weights.std) if weights.mean else (DEIT if distilled else VIT)
+    # Names of another number of classes are of another data set than the one it was trained on.
+    named = weights.class_names is not None and len(weights.class_names) == n_cls
     try:
         config = SegmenterConfig(
             n_cls=n_cls,
@@ -377,6 +395,8 @@ def config_of(weights: Weights, n_heads: int | None = None) -> SegmenterConfig:
             decoder_n_layers=depth("decoder") if mask else 0,
             mean=mean,
             std=std,
+            class_names=weights.class_names if named else None,
+            palette=weights.palette if named else None,
             window_size=min(grid) * patch,
             window_stride=min(grid) * patch,
         )

@@ -76,11 +76,7 @@ def load_pretrained(model: SegmenterModel, source: str | Path, **hub_options) ->
     Source: official segm/model/factory.py (create_vit: weights and position embeddings);
     Beyer et al., FlexiViT, 2023, section 3.4 (patch filters).
     """
-    weights = read_weights(source, **hub_options)
-    report, values = fit(model, weights)
-    model.load_state_dict(values, strict=True)
-    logger.info("%s", report)
-    return report
+    return fill(model, read_weights(source, **hub_options))
 
 
 def load_whole(source: str | Path, n_heads: int | None = None) -> SegmenterModel:
@@ -98,10 +94,16 @@ def load_whole(source: str | Path, n_heads: int | None = None) -> SegmenterModel
     """
     weights = read_weights(source)
     model = create_model_from_config(config_of(weights, n_heads))
+    fill(model, weights)
+    return model.eval()
+
+
+def fill(model: SegmenterModel, weights: Weights) -> Report:
+    """`load_pretrained` with weights that were read already."""
     report, values = fit(model, weights)
     model.load_state_dict(values, strict=True)
     logger.info("%s", report)
-    return model.eval()
+    return report
 
 
 def fit(model: SegmenterModel, weights: Weights) -> tuple[Report, dict[str, Tensor]]:
@@ -111,15 +113,17 @@ def fit(model: SegmenterModel, weights: Weights) -> tuple[Report, dict[str, Tens
         CheckpointError: weights that do not fit, with the names.
     """
     state, given = model.state_dict(), dict(weights.tensors)
-    broken = non_finite(given)
-    if broken:
-        raise CheckpointError(f"{weights.source}: NaN or infinite values: {some(broken)}")
-    _check_tokens(model, weights)
+    for what, names in (
+        ("not floating point", [n for n, x in given.items() if not x.is_floating_point()]),
+        ("NaN or infinite values", non_finite(given)),
+    ):
+        if names:
+            raise CheckpointError(f"{weights.source}: {what}: {some(names)}")
+    _check_kinship(model, weights)
     ignored = {
         name for name in given if name.startswith(CLASSIFIERS) and not _same(name, given, state)
     }
-    kind = "mask_transformer" if "decoder.cls_emb" in state else "linear"
-    theirs = "mask_transformer" if "decoder.cls_emb" in given else "linear"
+    kind, theirs = _decoder_kind(state), _decoder_kind(given)
     if kind != theirs:
         ignored |= {name for name in given if name.startswith("decoder.")}
     for name in ignored:
@@ -133,14 +137,10 @@ def fit(model: SegmenterModel, weights: Weights) -> tuple[Report, dict[str, Tens
                 resized.append(name)
                 given[name] = value
 
-    by_class = {
-        name
-        for name in CLASS_PARAMETERS[kind]
-        if name in given and name in state and not _same(name, given, state)
-    }
-    if by_class and not _differ_in_classes_alone(by_class, given, state):
-        by_class = set()
-    ignored |= by_class
+    by_class = CLASS_PARAMETERS.get(kind, ())
+    if not _differ_in_classes_alone(by_class, given, state):
+        by_class = ()
+    ignored |= set(by_class)
     for name in by_class:
         del given[name]
 
@@ -162,12 +162,16 @@ def fit(model: SegmenterModel, weights: Weights) -> tuple[Report, dict[str, Tens
             for name in state
             if name.startswith("decoder.") and name not in given and name not in by_class
         ]
+    heads = weights.config.n_heads if weights.config else weights.n_heads
+    agree = heads in (None, model.encoder.n_heads)
+    unlike = [] if agree else [f"{heads}, the model's {model.encoder.n_heads}"]
     problems = [
         f"{what}: {some(names)}"
         for what, names in (
             ("other shapes", wrong),
             ("not in the model", unknown),
             ("missing", missing),
+            ("heads", unlike),  # which no shape tells
         )
         if names
     ]
@@ -180,24 +184,35 @@ def fit(model: SegmenterModel, weights: Weights) -> tuple[Report, dict[str, Tens
         tuple(name for name in given if name not in resized),
         tuple(resized),
         tuple(name for name in state if name not in given),
-        tuple(sorted(ignored)),
+        (*sorted(ignored), *weights.unused),
     )
     return report, state | given
+
+
+def _decoder_kind(tensors: dict[str, Tensor]) -> str | None:
+    names = [name for name in tensors if name.startswith("decoder.")]
+    linear = all(name.startswith("decoder.head.") for name in names)
+    return ("linear" if linear else "mask_transformer") if names else None
 
 
 def _same(name: str, one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return name in one and name in two and one[name].shape == two[name].shape
 
 
-def _differ_in_classes_alone(names: set[str], given, state) -> bool:
-    """Whether the shapes differ in the one dimension that is the number of classes."""
-
-    def differences(name):
-        pairs = list(zip(given[name].shape, state[name].shape, strict=False))
-        return {pair for pair in pairs if pair[0] != pair[1]}
-
-    same_rank = all(given[name].ndim == state[name].ndim for name in names)
-    return same_rank and len(set().union(*map(differences, names))) == 1
+def _differ_in_classes_alone(names: tuple[str, ...], given, state) -> bool:
+    """Whether the class parameters are all there, and are those of another number of classes."""
+    counts = set()
+    for name in names:
+        if name not in given or name not in state:
+            return False
+        theirs, ours = list(given[name].shape), list(state[name].shape)
+        axis = 1 if name == "decoder.cls_emb" else 0
+        if len(theirs) != len(ours):
+            return False
+        counts.add((theirs.pop(axis), ours.pop(axis)))
+        if theirs != ours:
+            return False
+    return len(counts) == 1 and len(set(*counts)) == 2
 
 
 def _what(model: SegmenterModel) -> str:
@@ -209,8 +224,8 @@ def _what(model: SegmenterModel) -> str:
     )
 
 
-def _check_tokens(model: SegmenterModel, weights: Weights) -> None:
-    """A distillation token changes what every layer sees: both have it, or neither."""
+def _check_kinship(model: SegmenterModel, weights: Weights) -> None:
+    """The distillation token, which both have or neither, and the normalisation."""
     distilled = "encoder.dist_token" in weights.tensors
     if distilled != bool(model.encoder.distilled):
         has, wants = ("a", "no") if distilled else ("no", "a")
@@ -222,7 +237,7 @@ def _check_tokens(model: SegmenterModel, weights: Weights) -> None:
     if config and weights.mean and (weights.mean, weights.std) != (config.mean, config.std):
         logger.warning(
             "%s was trained on images normalised with mean %s and std %s, the model's config has "
-            "%s and %s",
+            "%s and %s: create_model(..., mean=, std=) sets them",
             weights.source, weights.mean, weights.std, config.mean, config.std,
         )  # fmt: skip
 
@@ -246,7 +261,7 @@ def _refit_filters(model: SegmenterModel, filters: Tensor, weights: Weights) -> 
         raise CheckpointError(
             f"{weights.source}: {FILTERS} must be (D, 3, P, P), got {tuple(filters.shape)}"
         )
-    return filters if filters.shape[2] == new else resize_filters(filters, new)
+    return filters if filters.shape[2] == new else resize_filters(filters.float(), new)
 
 
 def resize_filters(filters: Tensor, patch_size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """One table of the published models, and how a config becomes a module."""
 
 import difflib
+from pathlib import Path
 from typing import NamedTuple
 
 from segmenter_fast.config import MLP_RATIO, NORMALIZATION, SegmenterConfig
@@ -138,22 +139,38 @@ def create_model(
     num_classes: int = 150,
     image_size: int | tuple[int, int] = 512,
     backend: str = "auto",
+    pretrained: str | Path | None = None,
     **changes,
 ) -> SegmenterModel:
-    """A freshly initialised model by its name in the paper.
+    """A model by its name in the paper, freshly initialised or started from other weights.
 
     Args:
         variant: such as "Seg-B-Mask/16"; `list_variants()` has all.
         num_classes: K.
         image_size: pixels of the training crop, one int or (H, W), multiples of the patch size.
         backend: "auto", "reference", "native" or "triton".
+        pretrained: weights to start from, see `load_pretrained`; the normalisation is theirs where
+            they tell it.
         **changes: other `SegmenterConfig` fields, such as `class_names` or `drop_path_rate=0.0`.
 
     Returns:
-        A `SegmenterModel` with the official initialisation, in training mode.
+        A `SegmenterModel` with the official initialisation of what is not in `pretrained`, in
+        training mode.
 
     Raises:
         ValueError: unknown variant or an impossible field.
+        FileNotFoundError, CheckpointError: see `load_pretrained`.
     """
+    if pretrained is None:
+        config = create_config(variant, num_classes, image_size, **changes)
+        return create_model_from_config(config, backend)
+    from segmenter_fast.foreign import read_weights
+    from segmenter_fast.pretrained import fill
+
+    weights = read_weights(pretrained)
+    if weights.mean:
+        changes = {"mean": weights.mean, "std": weights.std} | changes
     config = create_config(variant, num_classes, image_size, **changes)
-    return create_model_from_config(config, backend)
+    model = create_model_from_config(config, backend)
+    fill(model, weights)
+    return model
