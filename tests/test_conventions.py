@@ -23,7 +23,7 @@ ABOVE_MODELS = set(
     "analysis checkpoint cli cli_analysis data demo evaluate figures images inference metrics "
     "train visualize zoo".split()
 )
-ABOVE_FILES = {"cli", "cli_analysis", "demo", "train"}
+ABOVE_FILES = {"cli", "cli_analysis", "cli_tradeoff", "demo", "train"}
 
 each_op = pytest.mark.parametrize("path", OPS, ids=lambda path: path.stem)
 each_module = pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_models_know_nothing_of_files(stem):
 
 @each_module
 def test_only_the_entry_points_know_the_command_line(path):
-    if path.stem in {"cli", "cli_analysis", "demo", "__main__"}:
+    if path.stem in {"cli", "cli_analysis", "cli_tradeoff", "demo", "__main__"}:
         return
     names = {name.split(".")[0] for name in imported(path)}
     assert not names & ABOVE_FILES
