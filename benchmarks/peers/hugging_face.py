@@ -5,11 +5,12 @@ NeurIPS 2021 (SegFormer), table 6.
 """
 
 import os
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-INSTALL = "pip install segmenter_fast[bench]"
+from peers import need
 
 SWIN = {
     "Swin-T": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
@@ -38,14 +39,10 @@ SEGFORMER = {
 }
 
 
-def _transformers() -> Any:
+def _transformers() -> ModuleType:
     # Weights come from configs; a look at the hub would only wait for a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"needs transformers: {INSTALL}") from error
-    return transformers
+    return need("transformers")
 
 
 class UPerNetSwin(nn.Module):
@@ -60,7 +57,7 @@ class UPerNetSwin(nn.Module):
         **options: of SwinConfig and, beginning with "head_", of UperNetConfig, to change sizes.
 
     Raises:
-        ImportError: transformers is absent; the message says what to install.
+        NotRun: transformers is absent; says what to install.
     """
 
     def __init__(
@@ -97,7 +94,7 @@ class SegFormer(nn.Module):
         **options: of SegformerConfig, to change sizes.
 
     Raises:
-        ImportError: transformers is absent; the message says what to install.
+        NotRun: transformers is absent; says what to install.
     """
 
     def __init__(self, n_cls: int, variant: str = "B0", **options: Any):
