@@ -146,7 +146,7 @@ def test_labels(contest, compiled, exported, variant, dtype):
         assert same >= AGREEMENT, f"{name}: {same:.1%} of the labels are those in float32"
 
     contest(
-        f"{variant}, 512 x 512, batch 1, K = 150, {str(dtype).removeprefix('torch.')}",
+        f"{variant}, 512 x 512, batch 1, K = 150" + half * ", bfloat16",
         peers | ours,
         check,
         rounds=7 if "T" in variant else 3,
