@@ -30,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let torch.compile take part (it takes a minute to compile)",
     )
+    group.addoption(
+        "--all-peers",
+        action="store_true",
+        help="time every variant of the other architectures (minutes more)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -72,8 +77,10 @@ def contest(
         rounds: int = 11,
         peers: int = 1,
         work: harness.Work | None = None,
+        agreement: Callable[[str, Any], float] | None = None,
+        images: int | None = None,
     ) -> list[harness.Row]:
-        rows = harness.compare(contestants, check, rounds, peers)
+        rows = harness.compare(contestants, check, rounds, peers, agreement, images)
         name = request.path.stem.removeprefix("bench_")
         request.config.stash[RESULTS].setdefault(name, {})[case] = rows
         if work is not None:
@@ -83,7 +90,7 @@ def contest(
             {row.contestant: round(row.ratio, 2) for row in rows if row.ratio is not None}
         )
         if rows[-1].not_run is None:
-            benchmark.pedantic(list(contestants.values())[-1], rounds=5, warmup_rounds=1)
+            benchmark.pedantic(list(contestants.values())[-1], rounds=min(rounds, 5))
         return rows
 
     yield run

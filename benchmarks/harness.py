@@ -30,6 +30,7 @@ __all__ = [
     "Ceilings",
     "Floor",
     "NotRun",
+    "Prepared",
     "Row",
     "Work",
     "ceilings",
@@ -57,6 +58,8 @@ def compare(
     check: Callable[[str, Any], None] | None = None,
     rounds: int = 11,
     peers: int = 1,
+    agreement: Callable[[str, Any], float] | None = None,
+    images: int | None = None,
 ) -> list[Row]:
     """Time contestants against each other.
 
@@ -68,6 +71,8 @@ def compare(
         rounds: how often each contestant is timed.
         peers: how many of the first contestants are peers; ratios are against the one whose median
             is the lowest.
+        agreement: called with (name, result) for the share of labels that are those in float32.
+        images: how many a call takes, where it takes whole images.
 
     Returns:
         One row per contestant, in the order given.
@@ -82,7 +87,7 @@ def compare(
             f"{rounds} rounds, {peers} peers of {len(contestants)} contestants"
         )
     # What the first call does once (compilation, imports, tables, threads) stays out of the times.
-    reasons, devices = {}, {}
+    reasons, devices, agreements = {}, {}, {}
     for name, function in contestants.items():
         try:
             result = function()
@@ -91,6 +96,8 @@ def compare(
             continue
         if check is not None:
             check(name, result)
+        if agreement is not None:
+            agreements[name] = agreement(name, result)
         devices[name] = _device_of(result) or "cpu"
         del result
 
@@ -98,8 +105,14 @@ def compare(
     names = [name for name in contestants if name not in reasons]
     for name in names:
         function = contestants[name]
-        calls[name] = max(1, round(MIN_SECONDS / max(_seconds(function, 1), 1e-7)))
-        peaks[name] = peak_mib(function, devices[name])
+        once = _seconds(function, 1)
+        calls[name] = max(1, round(MIN_SECONDS / max(once, 1e-7)))
+        fresh = getattr(function, "fresh", function)
+        if fresh is not function:
+            fresh()  # or the first measured call would find what the calls above have kept
+        # What moves in a second is so much that pages of code brought back do not count.
+        repeats = 3 if once < 1 else 1
+        peaks[name] = peak_mib(fresh, devices[name], repeats)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         start = i % max(1, len(names))
@@ -132,6 +145,8 @@ def compare(
                 ratio_p80=ratio[2],
                 peer=peer,
                 device=devices[name],
+                agreement=agreements.get(name),
+                images=images,
             )
         )
     return rows
@@ -214,6 +229,29 @@ def _first_line(error: Exception) -> str:
     return line if len(line) <= 120 else line[:117] + "..."
 
 
+class Prepared:
+    """A contestant that is built in its first call, which is not timed: a model, an engine.
+
+    Args:
+        build: returns the function to time. That may have an attribute `fresh`: a function that
+            does the same and gives back what memory it would keep, for `peak_mib`.
+    """
+
+    def __init__(self, build: Callable[[], Callable[[], Any]]):
+        self._build = build
+
+    @functools.cached_property
+    def function(self) -> Callable[[], Any]:
+        return self._build()
+
+    @property
+    def fresh(self) -> Callable[[], Any]:
+        return getattr(self.function, "fresh", self)
+
+    def __call__(self) -> Any:
+        return self.function()
+
+
 def not_run(reason: str) -> Callable[[], Any]:
     """A contestant that does not take part: it keeps its place in the table, with the reason."""
 
@@ -224,7 +262,7 @@ def not_run(reason: str) -> Callable[[], Any]:
 
 
 # ------------------------------------------------------------------------------------- memory
-def peak_mib(function: Callable[[], Any], device: str = "cpu") -> float | None:
+def peak_mib(function: Callable[[], Any], device: str = "cpu", repeats: int = 3) -> float | None:
     """Memory that one call needs beyond what is held before it, MiB.
 
     On a GPU, what PyTorch's allocator hands out. On Linux, the high-water mark of the process's
@@ -238,15 +276,16 @@ def peak_mib(function: Callable[[], Any], device: str = "cpu") -> float | None:
       each call, where the C library can (glibc: malloc_trim, all arenas); elsewhere the result may
       be too small by what is kept.
     - The first call after that brings back pages of code and tables, and of what is imported when
-      first used; so the smallest of three calls counts.
+      first used; so the smallest of a few calls counts.
 
     The kernel's count of pages lags by up to 0.25 MiB per thread: below MEMORY_RESOLUTION_MIB a
     figure means "hardly any", and tables show it so. Memory that a function keeps between calls (a
-    cache, a pool) is not seen at all.
+    cache, a pool) is not seen at all, unless its contestant has a `fresh` (`Prepared`).
 
     Args:
         function: of no argument.
         device: where it computes, "cpu" or "cuda".
+        repeats: calls, on a CPU.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -256,7 +295,7 @@ def peak_mib(function: Callable[[], Any], device: str = "cpu") -> float | None:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
-        return min(_resident_growth(function) for _ in range(3))
+        return min(_resident_growth(function) for _ in range(repeats))
     except OSError:
         return None
 

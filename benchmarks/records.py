@@ -6,7 +6,7 @@ Needs nothing but the standard library, so that results are read where PyTorch i
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Row:
         peer: whether it is one of those that ratios are against; None in files that do not say.
         device: "cpu" or "cuda", where its result lies; None if unknown.
         not_run: why it did not run; None if it did.
+        agreement: share of labels equal to those in float32, 0 to 1; None where it is no question.
+        images: per call; None where a call is not about whole images.
     """
 
     contestant: str
@@ -44,6 +46,12 @@ class Row:
     peer: bool | None = None
     device: str | None = None
     not_run: str | None = None
+    agreement: float | None = None
+    images: int | None = None
+
+    @property
+    def images_per_s(self) -> float | None:
+        return None if self.images is None or self.ms is None else 1e3 * self.images / self.ms
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,10 @@ def milliseconds(value: float | None) -> str:
     return "" if value is None else _three_digits(value)
 
 
+def images_per_s(value: float | None) -> str:
+    return "" if value is None else _three_digits(value)
+
+
 def ratio(value: float | None) -> str:
     return "" if value is None else f"{_three_digits(value)}x"
 
@@ -196,6 +208,11 @@ def _three_digits(value: float) -> str:
 
 def percent(value: float | None) -> str:
     return "" if value is None else f"{number(100 * value)} %"
+
+
+def agreement(value: float | None) -> str:
+    """Two decimals, rounded down: 100 % is all of them."""
+    return "" if value is None else f"{math.floor(1e4 * value + 1e-6) / 100:.2f} %"
 
 
 def mebibytes(value: float | None) -> str:
@@ -222,15 +239,29 @@ def _metric(value: float) -> str:
     return f"{number(value)} "
 
 
+def extra_columns(
+    rows: Sequence[Row], floor: Floor | None
+) -> list[tuple[str, Callable[[Row], str]]]:
+    """Heading and text of the columns that not every case has."""
+    columns: list[tuple[str, Callable[[Row], str]]] = []
+    if any(row.images is not None for row in rows):
+        columns.append(("images/s", lambda row: images_per_s(row.images_per_s)))
+    if floor is not None:
+        columns.append(("floor / time", lambda row: percent(floor.share(row))))
+    if any(row.agreement is not None for row in rows):
+        columns.append(("same labels", lambda row: agreement(row.agreement)))
+    return columns
+
+
 def table(case: str, rows: Sequence[Row], floor: Floor | None = None) -> list[str]:
     """Lines of a readable table, the floor beneath the case's name."""
     width = max(len(row.contestant) for row in rows)
+    extra = extra_columns(rows, floor)
     lines = [case]
-    heading = f"  {'':{width}}  {'median ms':>10} {'p20':>9} {'p80':>9} {'ratio':>9} {'MiB':>9}"
     if floor is not None:
         lines.append(f"  {floor_text(floor)}")
-        heading += f" {'floor / time':>13}"
-    lines.append(heading)
+    heading = f"  {'':{width}}  {'median ms':>10} {'p20':>9} {'p80':>9} {'ratio':>9} {'MiB':>9}"
+    lines.append(heading + "".join(f" {name:>13}" for name, _ in extra))
     for row in rows:
         if row.not_run is not None:
             lines.append(f"  {row.contestant:{width}}  not run: {row.not_run}")
@@ -240,5 +271,5 @@ def table(case: str, rows: Sequence[Row], floor: Floor | None = None) -> list[st
             f"  {row.contestant:{width}}  {times[0]:>10} {times[1]:>9} {times[2]:>9} "
             f"{ratio(row.ratio):>9} {mebibytes(row.peak_mib):>9}"
         )
-        lines.append(line + (f" {percent(floor.share(row)):>13}" if floor is not None else ""))
+        lines.append(line + "".join(f" {text(row):>13}" for _, text in extra))
     return lines

@@ -20,10 +20,10 @@ from records import (
     Floor,
     Record,
     Row,
+    extra_columns,
     floor_text,
     mebibytes,
     milliseconds,
-    percent,
     ratio,
     read,
 )
@@ -120,7 +120,8 @@ def _span(values: Sequence[float]) -> str:
 
 
 def _rows(rows: Sequence[Row], floor: Floor | None) -> list[str]:
-    heading = ["", "ms", "p20 to p80", "ratio", "MiB"] + ["floor / time"] * (floor is not None)
+    extra = extra_columns(rows, floor)
+    heading = ["", "ms", "p20 to p80", "ratio", "MiB", *(name for name, _ in extra)]
     lines = [_line(heading), _line(["---"] + ["---:"] * (len(heading) - 1))]
     for row in rows:
         if row.not_run is not None:
@@ -133,9 +134,8 @@ def _rows(rows: Sequence[Row], floor: Floor | None) -> list[str]:
             f"{milliseconds(row.ms_p20)} to {milliseconds(row.ms_p80)}",
             f"**{ratio(row.ratio)}**" if is_ours(row) else ratio(row.ratio),
             _escape(mebibytes(row.peak_mib)),
+            *(text(row) for _, text in extra),
         ]
-        if floor is not None:
-            cells.append(percent(floor.share(row)))
         lines.append(_line(cells))
     if floor is not None:
         text = floor_text(floor)

@@ -122,6 +122,51 @@ def test_other_errors_are_not_swallowed(harness):
         harness.compare({"peer": lambda: 1 / 0})
 
 
+def test_agreement_and_images_stand_in_the_rows(harness):
+    rows = harness.compare(
+        {"peer": lambda: 1.0, "absent": harness.not_run("no"), "ours": lambda: 0.99996},
+        agreement=lambda name, result: result,
+        images=4,
+        rounds=1,
+    )
+    assert [row.agreement for row in rows] == [1.0, None, 0.99996]
+    peer, absent, ours = rows
+    assert ours.images == 4 and ours.images_per_s == pytest.approx(4e3 / ours.ms)
+    assert absent.images_per_s is None
+    lines = harness.table("case", [peer, absent, replace(ours, ms=16.0)])
+    assert lines[1].split()[-3:] == ["images/s", "same", "labels"]
+    # Rounded down: 100 % are all labels.
+    assert lines[-1].split()[-3:] == ["250", "99.99", "%"] and lines[2].endswith("100.00 %")
+
+
+def test_a_prepared_contestant_is_built_once(harness, monkeypatch):
+    built, measured, given_back = [], [], []
+
+    def fresh():
+        given_back.append(1)
+        return 2
+
+    def build():
+        built.append(1)
+
+        def kept():
+            return 1
+
+        kept.fresh = fresh
+        return kept
+
+    prepared = harness.Prepared(build)
+    assert not built
+    monkeypatch.setattr(
+        harness, "peak_mib", lambda function, *_: measured.append(function()) or 3.0
+    )
+    rows = harness.compare({"kept": prepared, "plain": harness.Prepared(lambda: lambda: 5)})
+    assert built == [1] and prepared() == 1
+    # Memory is that of the function which keeps none, once what others kept has been given back.
+    assert measured == [2, 5] and given_back == [1, 1]
+    assert [row.peak_mib for row in rows] == [3.0, 3.0]
+
+
 def test_device_of_a_result(harness):
     row = harness.compare({"nested": lambda: {"a": [None, (torch.ones(1),)]}}, rounds=1)[0]
     assert row.device == "cpu"
@@ -351,6 +396,7 @@ def test_written_rows_can_be_read_back(harness, records, floor, tmp_path):
     rows = [
         harness.Row("peer", *[None] * 5, peer=True, not_run="absent"),
         harness.Row("ours", 1.0, 0.5, 2.0, 3.0, None, 2.5, 3.5, False, "cpu"),
+        harness.Row("half", 1.0, 0.5, 2.0, 3.0, None, agreement=0.98, images=2),
     ]
     path = harness.save("upsample", {"noise": rows}, tmp_path / "results", {"noise": floor})
     record = records.read(path)
@@ -521,6 +567,22 @@ def test_the_page_has_every_figure(modules, records, floor, tmp_path):
     assert "| ours | 8.00 | 7.00 to 9.00 | **2.50x** | &lt;0.5 | 50 % |" in text
     assert "| ours | 8.00 | 7.00 to 9.00 | **2.50x** | &lt;0.5 |\n" in text  # without floors
     assert "Floor 4.0 ms, arithmetic binds" in text
+
+
+def test_the_page_has_the_columns_of_its_rows(modules, records, tmp_path):
+    rows = [
+        records.Row("peer", 20, 18, 22, 1, 1, peer=True, agreement=1.0, images=1),
+        records.Row("absent", *[None] * 5, not_run="no engine"),
+        records.Row("ours", 8, 7, 9, 2.5, 1, peer=False, agreement=0.9876, images=1),
+    ]
+    records.write(records.Record("model", {}, {"case": rows}), tmp_path / "model.json")
+    result = run(modules["report"].report, tmp_path, "--no-plot")
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "README.md").read_text()
+    assert "|  | ms | p20 to p80 | ratio | MiB | images/s | same labels |" in text
+    assert "| peer | 20.0 | 18.0 to 22.0 | 1.00x | 1.0 | 50.0 | 100.00 % |" in text
+    assert "| absent | not run: no engine |  |  |  |  |  |" in text
+    assert "| ours | 8.00 | 7.00 to 9.00 | **2.50x** | 1.0 | 125 | 98.76 % |" in text
 
 
 def test_the_picture(modules, records, tmp_path):

@@ -1,0 +1,68 @@
+"""Images per second of the other architectures: 512 x 512, K = 150, batch 1, random weights.
+
+Each is eager PyTorch in float32 and, with --with-compile, compiled; this project's kernel reads the
+labels off its logits, so that only the architectures differ. Beside each stands Seg-T-Mask/16: one
+yardstick for all, met by the same load of the machine. A ratio is against the architecture.
+"""
+
+import functools
+
+import pytest
+import torch
+from bench_model import SIZE, images
+from harness import Prepared, not_run
+from peers.deeplab import DeepLabV3Plus
+from peers.hugging_face import SEGFORMER, SWIN, SegFormer, UPerNetSwin
+from peers.setr import SETRPUP, VIT
+
+from segmenter_fast import create_model
+from segmenter_fast.ops.upsample_argmax import upsample_argmax
+
+ARCHITECTURES = {
+    "DeepLabv3+ ResNet-101, stride 16": functools.partial(DeepLabV3Plus, output_stride=16),
+    "DeepLabv3+ ResNet-101, stride 8": functools.partial(DeepLabV3Plus, output_stride=8),
+    "SETR-PUP ViT-B": functools.partial(SETRPUP, **VIT["ViT-B"]),
+    "SETR-PUP ViT-L": functools.partial(SETRPUP, **VIT["ViT-L"]),
+    **{f"UPerNet {v}": functools.partial(UPerNetSwin, variant=v) for v in SWIN},
+    **{f"SegFormer {v}": functools.partial(SegFormer, variant=v) for v in SEGFORMER},
+}
+ON_REQUEST = {f"UPerNet Swin-{v}" for v in "SBL"} | {f"SegFormer B{n}" for n in (1, 3, 4)}
+"""Only with --all-peers."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_images_per_second(request, contest, compiled, name):
+    x = images(1)
+
+    @functools.cache
+    def model():
+        torch.manual_seed(0)
+        return ARCHITECTURES[name](150).eval()
+
+    def reading(logits_of):
+        return torch.inference_mode()(lambda: upsample_argmax(logits_of(), SIZE))
+
+    eager = Prepared(lambda: reading(functools.partial(model(), x)))
+    fused = Prepared(lambda: reading(compiled(model(), x)))
+    if name in ON_REQUEST and not request.config.getoption("--all-peers"):
+        eager = fused = not_run("needs --all-peers")
+    yardstick = create_model("Seg-T-Mask/16", num_classes=150, image_size=SIZE).eval()
+
+    def check(contestant: str, labels: torch.Tensor) -> None:
+        assert labels.shape == (1, *SIZE) and labels.unique().numel() > 1, contestant
+        if contestant.endswith("torch.compile"):
+            same = float((labels == eager()).double().mean())
+            assert same > 0.999, f"{contestant}: {same:.2%} of the labels are eager's"
+
+    contest(
+        f"{name}, 512 x 512, batch 1, K = 150",
+        {
+            name: eager,
+            "the same, torch.compile": fused,
+            "Seg-T-Mask/16, segmenter_fast": torch.inference_mode()(lambda: yardstick.labels(x)),
+        },
+        check,
+        rounds=2,
+        peers=2,
+        images=1,
+    )

@@ -1,0 +1,157 @@
+"""Our model in ONNX Runtime and OpenVINO: one file, exported from plain PyTorch.
+
+The graph ends at patch resolution and `upsample_argmax` reads the labels, which is the best form
+here: with upsampling and argmax inside the graph (`full_size`) both engines write out K maps of
+full size, and are slower than with this project's kernel behind them.
+
+Both get as many threads as PyTorch. They keep the memory between calls that one call needs;
+`fresh` gives it back, so that it can be measured.
+"""
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import NotRun
+from torch import Tensor, nn
+
+from peers import need
+from segmenter_fast.blocks import Attention
+from segmenter_fast.model import SegmenterModel
+
+
+def plain(model: SegmenterModel) -> SegmenterModel:
+    """The same parameters in PyTorch's own operators, with its fused attention.
+
+    Nothing of this project's kernels is left in it: a peer, and what an exporter can read.
+    """
+    copied = copy.deepcopy(model).eval()
+    copied.backend = "reference"
+    for module in copied.modules():
+        if isinstance(module, Attention):
+            module.backend = "native"  # which is scaled_dot_product_attention
+    return copied
+
+
+class PatchLogits(nn.Module):
+    """Images to logits at patch resolution."""
+
+    def __init__(self, model: SegmenterModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.patch_logits(images).grid
+
+
+class Labels(PatchLogits):
+    """Images to label maps, in operators that every engine has.
+
+    Softmax is left out, for it changes no label; the copy, because bilinear upsampling of memory
+    with the classes last is several times slower. Both in float32, whatever the model computes in.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images).float().contiguous()
+        full = F.interpolate(logits, size=images.shape[2:], mode="bilinear")
+        return full.argmax(1).to(torch.int32)
+
+
+def export_onnx(model: SegmenterModel, images: Tensor, path: Path, full_size: bool = False) -> Path:
+    """Write an ONNX file for images of one shape.
+
+    Args:
+        model: to export.
+        images: (B, 3, H, W) float32, the shape to export for.
+        path: of the file.
+        full_size: end at label maps (B, H, W) int32, not at logits (B, K, h, w) float32.
+
+    Returns:
+        The path.
+
+    Raises:
+        NotRun: onnx or onnxscript is absent.
+    """
+    need("onnx")
+    need("onnxscript")
+    module = (Labels if full_size else PatchLogits)(plain(model)).eval()
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)  # it tells of operators of torchvision, which nobody needs
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(module, (images,), dynamo=True, verbose=False)
+    finally:
+        exporter.setLevel(level)
+    program.save(path)
+    return path
+
+
+class OnnxRuntime:
+    """Runs an ONNX file in float32: images to whatever the file ends at.
+
+    Raises:
+        NotRun: onnxruntime is absent.
+    """
+
+    def __init__(self, path: Path):
+        self._runtime = need("onnxruntime")
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = self._runtime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._run(images, None)
+
+    def fresh(self, images: Tensor) -> Tensor:
+        """The same; the arena shrinks to what it had in the beginning."""
+        options = self._runtime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        return self._run(images, options)
+
+    def _run(self, images: Tensor, options: object) -> Tensor:
+        (result,) = self._session.run(None, {self._input: images.numpy()}, options)
+        return torch.from_numpy(result)
+
+
+class OpenVino:
+    """Runs an ONNX file in float32 or bfloat16: images to whatever the file ends at.
+
+    Args:
+        path: the ONNX file, which OpenVINO reads itself.
+        precision: "f32" or "bf16".
+
+    Raises:
+        NotRun: openvino is absent, or the processor cannot compute in that precision.
+    """
+
+    def __init__(self, path: Path, precision: str = "f32"):
+        openvino = need("openvino")
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        self._compiled = openvino.Core().compile_model(str(path), "CPU", options)
+        # Where there is no such instruction, float32 is taken in silence.
+        taken = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if taken != precision:
+            raise NotRun(f"OpenVINO computes in {taken} on this processor")
+        self._request = self._compiled.create_infer_request()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        results = self._request.infer([images.numpy()], share_inputs=True, share_outputs=True)
+        return torch.from_numpy(results[0])
+
+    def fresh(self, images: Tensor) -> Tensor:
+        """The same; the result is copied and all memory between layers is given back."""
+        result = self(images).clone()
+        self._compiled.release_memory()
+        return result
