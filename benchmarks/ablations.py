@@ -243,9 +243,9 @@ def page(grid, results) -> str:
         "",
         "Made by `python -m benchmarks.ablations`; the grid is "
         "[ablations.yaml](../../ablations.yaml). The paper's figures are of ADE20K, larger models "
-        "and pretrained weights: what is compared is the order of the rows. Where it differs, the budget "
-        "is the first suspect: larger models, decoders with more layers and more images need more "
-        "steps than these before they pay.",
+        "and pretrained weights: what is compared is the order of the rows. Where it differs, the "
+        "budget is the first suspect: larger models, decoders with more layers and more images "
+        "need more steps than these before they pay.",
         "",
         f"Unless a row says otherwise: {base['model']['variant']} from random weights, "
         f"{base['data']['count']} procedural scenes of {base['data']['size'][0]} x "
