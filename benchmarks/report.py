@@ -281,7 +281,9 @@ def report(
     ] = True,
 ) -> None:
     """Write README.md, and a picture of the ratios, beside the result files of a machine."""
-    folders = folders or sorted({path.parent for path in RESULTS.glob("*/*.json")})
+    # results.json is what training runs write: benchmarks.ablations, benchmarks.curves.
+    timed = (path for path in RESULTS.glob("*/*.json") if path.name != "results.json")
+    folders = folders or sorted({path.parent for path in timed})
     try:
         for folder in folders:
             for path in write_page(folder, plot):
