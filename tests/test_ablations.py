@@ -1,10 +1,13 @@
 """The ablation grid: what runs, what its page says, and that one run of it works."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `benchmarks` is no installed package
 from benchmarks import ablations, curves
 from benchmarks.ablations import Answer, Cell, answers, cells, collect, page, specification, verdict
 
