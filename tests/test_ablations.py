@@ -1,6 +1,7 @@
 """The ablation grid: what runs, what its page says, and that one run of it works."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def test_page_has_mean_and_spread():
     [row] = answers(GRID["questions"]["decoder"], results)
     assert row.mean == pytest.approx(25) and row.spread == pytest.approx(50**0.5)
     assert "| mask transformer | 25.0 ± 7.1 | 2 | 48.70 |" in page(GRID, results)
+
+
+def test_committed_page_is_of_the_committed_results():
+    record = json.loads((ablations.OUTPUT / "results.json").read_text(encoding="utf-8"))
+    assert record["grid"] == GRID
+    text = (ablations.OUTPUT / "README.md").read_text(encoding="utf-8")
+    assert page(GRID, record["results"]) == text and "Not run" not in text
+    models = json.loads(ablations.SMALL_MODELS.read_text(encoding="utf-8"))
+    assert models == ablations.small_models(GRID, record["results"])
 
 
 def test_curves_compare_kernels_with_seeds():
