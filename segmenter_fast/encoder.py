@@ -86,6 +86,9 @@ class VisionTransformer(nn.Module):
     fills_patches = True
     """Takes images of any size: the last patches are filled up with zeros as they are read."""
 
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Mean and std of the images that its weights are used to, where that is known."""
+
     def __init__(
         self,
         image_size: tuple[int, int],

@@ -286,6 +286,8 @@ def describe(encoder: nn.Module, decoder: nn.Module, n_cls: int) -> SegmenterCon
     """Read a config off two modules, or None when they are not this library's."""
     try:
         mask = hasattr(decoder, "cls_emb")
+        normalization = getattr(encoder, "normalization", None)
+        statistics = dict(zip(("mean", "std"), normalization, strict=True)) if normalization else {}
         return SegmenterConfig(
             n_cls=n_cls,
             image_size=encoder.patch_embed.image_size,
@@ -301,6 +303,7 @@ def describe(encoder: nn.Module, decoder: nn.Module, n_cls: int) -> SegmenterCon
             decoder_n_layers=decoder.n_layers if mask else 0,
             decoder_dropout=decoder.blocks[0].attn.attn_drop.p if mask else 0.0,
             decoder_drop_path_rate=_last_drop_path(decoder.blocks) if mask else 0.0,
+            **statistics,
         )
     except AttributeError:
         return None
