@@ -17,7 +17,7 @@ from segmenter_fast import SegmenterModel, create_model
 from segmenter_fast.data import Scenes  # stands for your data set: (uint8 image, uint8 labels)
 
 
-def parse(words: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="of the optimiser")
     parser.add_argument("--batch-size", type=int, default=8, help="of each process and pass")
@@ -25,7 +25,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="bfloat16 arithmetic")
     parser.add_argument("--output", default="runs/accelerate", help="folder of the weights")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
-    return parser.parse_args(words)
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""segmenter_fast's dense head in another model: the training step of Hugging Face's SegFormer.
+"""segmenter_fast's dense head in another model: training and validating Hugging Face's SegFormer.
 
     pip install "segmenter_fast[examples]"
     python examples/hugging_face_segformer.py --size 512 --classes 150
@@ -6,14 +6,18 @@
 SegFormer gives logits at a quarter of the resolution. The usual step resizes them to the image
 before the loss and before argmax, K floats for each pixel; `upsample_cross_entropy` and
 `upsample_argmax` read the same numbers without that tensor. Both ways are compared before they are
-measured: loss, gradients and labels. The weights are random, made from a config.
+measured: loss, gradients and labels; dropout is off for that. The weights are random, made from a
+config. Memory is what a step needs at its peak beyond what is held before it.
 """
 
 import argparse
+import ctypes
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -53,24 +57,29 @@ def validation_step(model, images: Tensor, labels_of: Callable) -> Tensor:
     return labels_of(model(pixel_values=images).logits, tuple(images.shape[2:]))
 
 
-def peak_mib(function: Callable[[], Tensor], device: str) -> float | None:
-    """Memory of a call beyond what is held before it: the GPU's, or on Linux the process's."""
+def peak_mib(step: Callable[[], Tensor], device: str) -> float | None:
+    """Memory of a step beyond what is held before it: the GPU's, or on Linux the process's."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+        step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
-        return None
+    status = Path("/proc/self/status")
 
     def kib(field: str) -> int:
         return int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1])
 
-    reset.write_text("5")  # the high-water mark falls back to the present size
+    # A block that the C library has kept from an earlier step would be used again unseen.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to the size
+    except OSError:
+        return None
     before = kib("VmRSS")
-    function()
+    step()
     return max(0, kib("VmHWM") - before) / 2**10
 
 
@@ -99,13 +108,13 @@ def compare(model, images: Tensor, target: Tensor) -> None:
     print(f"same loss {our.item():.4f}, same gradients, labels agree on {agreement:.3%}")
 
 
-def main(words: list[str] | None = None) -> dict[str, float]:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="of timing, both ways in turn")
-    args = parser.parse_args(words)
+    args = parser.parse_args()
 
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,22 +128,24 @@ def main(words: list[str] | None = None) -> dict[str, float]:
     )
 
     compare(model, images, target)
-    ways = {"interpolate + cross_entropy": usual_loss, "upsample_cross_entropy": our_loss}
-    steps = {
-        name: lambda loss_of=loss_of: training_step(model, images, target, loss_of)
-        for name, loss_of in ways.items()
+    ways = {
+        "interpolate, then cross_entropy or argmax": (usual_loss, usual_labels),
+        "upsample_cross_entropy, upsample_argmax": (our_loss, our_labels),
     }
-    times = {name: [] for name in steps}
+    steps = {}
+    for name, (loss_of, labels_of) in ways.items():
+        steps[name, "training"] = partial(training_step, model, images, target, loss_of)
+        steps[name, "validation"] = partial(validation_step, model, images, labels_of)
+    times = {key: [] for key in steps}
     for _ in range(args.rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, device))
-    result = {}
-    for name, step in steps.items():
-        peak, middle = peak_mib(step, device), sorted(times[name])[args.rounds // 2]
+        for key, step in steps.items():
+            times[key].append(seconds(step, device))
+    model.zero_grad(set_to_none=True)
+    for (name, kind), step in steps.items():
+        peak = peak_mib(step, device)
+        model.zero_grad(set_to_none=True)
         memory = "" if peak is None else f", {peak:,.0f} MiB"
-        print(f"{name}: {1e3 * middle:,.0f} ms{memory} for a training step")
-        result[name] = peak
-    return result
+        print(f"{name}: {1e3 * median(times[name, kind]):,.0f} ms{memory} for a {kind} step")
 
 
 if __name__ == "__main__":

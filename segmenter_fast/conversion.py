@@ -173,6 +173,13 @@ def _segmenter(model: nn.Module, normalization: str | None) -> SegmenterModel:
 def _encoder(model: nn.Module, normalization: str | None) -> VisionTransformer:
     if getattr(model, "no_embed_class", False):
         _refuse("no_embed_class: position embeddings without the class token")
+    shape = _shape(model)
+    with torch.device("meta"):
+        ours = VisionTransformer(
+            d_ff=MLP_RATIO * shape["d_model"], n_cls=1000, dropout=0.0, **shape
+        )
+    _fill_heads(ours, model)
+    _share(model, ours)
     classifies = isinstance(getattr(model, "head", None), nn.Linear)
     pool = getattr(model, "global_pool", "token")
     if classifies and pool != "token":
@@ -182,13 +189,6 @@ def _encoder(model: nn.Module, normalization: str | None) -> VisionTransformer:
         )
     if classifies and getattr(getattr(model, "head_drop", None), "p", 0.0):
         _refuse("head_drop: dropout before the classifier, which ours has not")
-    shape = _shape(model)
-    with torch.device("meta"):
-        ours = VisionTransformer(
-            d_ff=MLP_RATIO * shape["d_model"], n_cls=1000, dropout=0.0, **shape
-        )
-    _fill_heads(ours, model)
-    _share(model, ours)
     _regularise(ours, model)
     for block in ours.blocks:
         block.recompute = bool(getattr(model, "grad_checkpointing", False))
@@ -222,7 +222,7 @@ def _shape(encoder: nn.Module) -> dict:
     size = (size, size) if isinstance(size, int) else tuple(size)
     eps = _eps(encoder)
     if len(eps) != 1:
-        _refuse(f"layer norms with different eps: {sorted(eps)}")
+        _refuse(f"layer norms of one eps are needed, got {sorted(eps) or 'no nn.LayerNorm'}")
     return {
         "image_size": size,
         "patch_size": patch,

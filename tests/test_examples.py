@@ -59,10 +59,22 @@ def test_accelerate_loop(tmp_path):
 def test_hugging_face_segformer():
     """It compares both ways itself; here, that the memory is really saved."""
     pytest.importorskip("transformers", reason="pip install 'segmenter_fast[examples]'")
-    words = ("--size", 256, "--classes", 150, "--batch-size", 2, "--rounds", 1)
+    words = ("--size", 256, "--classes", 150, "--batch-size", 1, "--rounds", 1)
     text = run("hugging_face_segformer.py", *words)
     assert "same loss" in text and "labels agree on" in text
-    if Path("/proc/self/clear_refs").exists():
-        usual, ours = (float(v.replace(",", "")) for v in re.findall(r"([\d,]+) MiB", text))
-        # The full-size logits and their gradient, which ours never makes, are 75 MiB each.
-        assert usual - ours > 60
+    assert text.count(" ms") == 4
+    if "MiB" in text:  # the high-water mark can be read: on Linux, as far as the machine allows
+        peaks = re.findall(r"([\d,]+) MiB", text)
+        training, validation, our_training, our_validation = (
+            float(peak.replace(",", "")) for peak in peaks
+        )
+        # Full-size logits take 38 MiB, and in training so does their gradient.
+        assert training - our_training > 38
+        assert validation - our_validation > 19
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_its_docstring_says_how_to_run_it(name):
+    text = (EXAMPLES / name).read_text()
+    assert f"examples/{name} --" in text.split('"""')[1]
+    assert "argparse" in text and f'"{name}"' in Path(__file__).read_text()
