@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../cpu/attention.h"
 #include "../cpu/confusion.h"
 #include "../cpu/upsample_argmax.h"
 #include "../cpu/upsampling.h"
@@ -34,6 +35,8 @@ Value choose(const char* argument, const std::string& name,
 
 inline const std::map<std::string, FloatType> kFloatTypes = {{"float32", FloatType::float32},
                                                              {"float64", FloatType::float64}};
+inline const std::map<std::string, ElementType> kElementTypes = {
+    {"float32", ElementType::float32}, {"bfloat16", ElementType::bfloat16}};
 inline const std::map<std::string, LabelType> kLabelTypes = {
     {"uint8", LabelType::uint8}, {"int16", LabelType::int16}, {"int32", LabelType::int32}};
 
@@ -42,6 +45,7 @@ inline const std::map<std::string, IntegerType> kIntegerTypes = {{"uint8", Integ
                                                                  {"int32", IntegerType::int32},
                                                                  {"int64", IntegerType::int64}};
 
+void bind_attention(py::module_& m);
 void bind_confusion(py::module_& m);
 void bind_cuda(py::module_& m);
 void bind_exponential(py::module_& m);

@@ -55,7 +55,7 @@ Returns:
       R"(The SIMD level that the kernels use now.
 
 Returns:
-    "generic", "avx2" or "avx512": the best that was compiled in and that the CPU has, or what the
+    "generic", "avx2", "avx512", "avx512_vnni" or "avx512_bf16": the best that was compiled in and that the CPU has, or what the
     environment variable SEGMENTER_FAST_SIMD asks for.
 Raises:
     ValueError: SEGMENTER_FAST_SIMD names an unknown level.
@@ -65,6 +65,7 @@ Raises:
   py::module_ cuda = m.def_submodule("cuda", "Kernels in CUDA C++.");
   bind_cuda(cuda);
 #endif
+  bind_attention(m);
   bind_confusion(m);
   bind_exponential(m);
   bind_upsampling(m);

@@ -6,7 +6,8 @@
 namespace segmenter {
 namespace {
 
-constexpr SimdLevel kLevels[] = {SimdLevel::generic, SimdLevel::avx2, SimdLevel::avx512};
+constexpr SimdLevel kLevels[] = {SimdLevel::generic, SimdLevel::avx2, SimdLevel::avx512,
+                                 SimdLevel::avx512_vnni, SimdLevel::avx512_bf16};
 
 bool is_compiled(SimdLevel level) {
 #if defined(SEGMENTER_X86_LEVELS)
@@ -31,6 +32,10 @@ bool cpu_has(SimdLevel level) {
       return cpu_has(SimdLevel::avx2) && __builtin_cpu_supports("avx512f") &&
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
              __builtin_cpu_supports("avx512dq");
+    case SimdLevel::avx512_vnni:
+      return cpu_has(SimdLevel::avx512) && __builtin_cpu_supports("avx512vnni");
+    case SimdLevel::avx512_bf16:
+      return cpu_has(SimdLevel::avx512_vnni) && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -46,6 +51,10 @@ std::string simd_level_name(SimdLevel level) {
       return "avx2";
     case SimdLevel::avx512:
       return "avx512";
+    case SimdLevel::avx512_vnni:
+      return "avx512_vnni";
+    case SimdLevel::avx512_bf16:
+      return "avx512_bf16";
     default:
       return "generic";
   }
@@ -81,8 +90,10 @@ SimdLevel simd_level() {
     }
     return level;
   }
-  throw std::invalid_argument("SEGMENTER_FAST_SIMD must be generic, avx2 or avx512, got \"" +
-                              wanted + "\"");
+  std::string names;
+  for (SimdLevel level : kLevels) names += (names.empty() ? "" : ", ") + simd_level_name(level);
+  throw std::invalid_argument("SEGMENTER_FAST_SIMD must be one of " + names + "; got \"" + wanted +
+                              "\"");
 }
 
 }  // namespace segmenter

@@ -1,0 +1,88 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "attention_kernel.h"
+#include "parallel.h"
+
+namespace segmenter {
+namespace {
+
+constexpr int64_t kTileRows = 6;
+
+// Blocks of equal size, in whole tiles, so that the last one is not short.
+int64_t query_block(int64_t N) {
+  const int64_t tiles = (N + kTileRows - 1) / kTileRows;
+  const int64_t blocks = (N + kQueryBlock - 1) / kQueryBlock;
+  return (tiles + blocks - 1) / blocks * kTileRows;
+}
+
+}  // namespace
+
+void attention(const Attention& call, AttentionMemory& memory) {
+  if (call.B < 0 || call.N < 0 || call.H < 0) {
+    throw std::invalid_argument("attention: sizes must not be negative");
+  }
+  if (!attends_to(call.D)) {
+    throw std::invalid_argument("attention: expected 32, 64 or 128 channels per head, got " +
+                                std::to_string(call.D));
+  }
+  if (call.B == 0 || call.N == 0 || call.H == 0) return;
+  const AttentionKernels& level = SEGMENTER_PRODUCT_KERNELS(call.simd, attention_kernels);
+  const HeadKernels& kernels = level.heads[static_cast<int>(call.type)][call.D == 32   ? 0
+                                                                        : call.D == 64 ? 1
+                                                                                       : 2];
+  const int64_t element = call.type == ElementType::float32 ? 4 : 2;
+  const int64_t heads = call.B * call.H;
+  const int64_t words = kernels.packed_words(call.N);
+  const int64_t key_blocks = (call.N + kKeyBlock - 1) / kKeyBlock;
+  const int64_t block = query_block(call.N);
+  const int64_t query_blocks = (call.N + block - 1) / block;
+  const int threads = std::max(call.threads, 1);
+
+  const auto grow = [](auto& memory, int64_t size) {
+    if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  };
+  grow(memory.keys, heads * words + 16);
+  grow(memory.values, heads * words + 16);
+  grow(memory.squares, heads * key_blocks);
+  grow(memory.sizes, heads * key_blocks);
+  grow(memory.work, threads);
+  const auto aligned = [](std::vector<uint32_t>& memory) {
+    return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  };
+  uint32_t *keys = aligned(memory.keys), *values = aligned(memory.values);
+
+  const auto view = [&](int64_t head) {
+    const int64_t b = head / call.H, h = head % call.H;
+    const char* qkv =
+        static_cast<const char*>(call.qkv) + (b * call.stride_b + h * call.stride_h) * element;
+    HeadView view;
+    view.q = qkv;
+    view.k = qkv + call.stride_part * element;
+    view.v = qkv + 2 * call.stride_part * element;
+    view.stride = call.stride_n;
+    view.N = call.N;
+    view.keys = keys + head * words;
+    view.values = values + head * words;
+    view.squares = memory.squares.data() + head * key_blocks;
+    view.sizes = memory.sizes.data() + head * key_blocks;
+    view.out = static_cast<char*>(call.out) + (b * call.N * call.H + h) * call.D * element;
+    view.out_stride = call.H * call.D;
+    view.scale = call.scale;
+    return view;
+  };
+  parallel_for(heads * key_blocks, threads, [&](int64_t task, int) {
+    kernels.pack(view(task / key_blocks), task % key_blocks);
+  });
+  parallel_for(heads * query_blocks, threads, [&](int64_t task, int worker) {
+    std::vector<uint32_t>& work = memory.work[worker];
+    grow(work, kernels.work_words);
+    const int64_t first = task % query_blocks * block;
+    kernels.attend(view(task / query_blocks), first, std::min(block, call.N - first), work.data());
+  });
+}
+
+}  // namespace segmenter

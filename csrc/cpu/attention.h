@@ -1,0 +1,40 @@
+// Multi-head self-attention over a packed projection, without its N x N probabilities:
+//   Y = softmax(Q K^T scale) V
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "simd.h"
+
+namespace segmenter {
+
+enum class ElementType { float32, bfloat16 };
+
+// Channels per head that kernels were compiled for.
+inline bool attends_to(int64_t D) { return D == 32 || D == 64 || D == 128; }
+
+struct Attention {
+  const void* qkv;  // (B, N, 3, H, D), the D channels of a head side by side
+  ElementType type;
+  int64_t B, N, H, D;
+  int64_t stride_b, stride_n, stride_part, stride_h;  // in elements
+  float scale;
+  void* out;  // (B, N, H, D), contiguous
+  int threads;
+  SimdLevel simd;
+};
+
+// Memory that a call needs beside its tensors; one may serve many calls, one after another.
+struct AttentionMemory {
+  std::vector<uint32_t> keys, values;       // packed
+  std::vector<float> squares, sizes;        // of each tile of keys: largest |k|^2, largest |v|
+  std::vector<std::vector<uint32_t>> work;  // of each thread
+};
+
+// Results do not depend on the number of threads. NaN where a score is not finite.
+//
+// Raises std::invalid_argument on sizes that make no sense and on widths without a kernel.
+void attention(const Attention& call, AttentionMemory& memory);
+
+}  // namespace segmenter
