@@ -11,6 +11,9 @@ from torch import Tensor
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
+PRECISIONS = ("float32", "bfloat16", "int8")
+"""What inference may calculate in; see `SegmenterModel.precision`."""
+
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and cannot run here."""
@@ -21,6 +24,13 @@ def check_backend(backend: str) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     return backend
+
+
+def check_precision(precision: str) -> str:
+    """Return `precision` if it is a known name, else raise ValueError listing the names."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
+    return precision
 
 
 def native_module():

@@ -1,5 +1,7 @@
 """SegmenterModel: encoder, decoder and a PatchLogits; the drop-in for the official `Segmenter`."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -7,9 +9,17 @@ import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from segmenter_fast.backend import check_backend, resolve_backend
+from segmenter_fast.backend import (
+    BackendError,
+    check_backend,
+    check_precision,
+    resolve_backend,
+)
 from segmenter_fast.config import SegmenterConfig
 from segmenter_fast.patch_logits import PatchLogits
+
+QUANTIZED = frozenset(("qkv", "proj", "fc1", "fc2"))
+"""Kinds of linear layers of a block, all of which precision "int8" takes in int8 by default."""
 
 
 def whole_patches(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
@@ -44,6 +54,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         n_cls: number of classes K.
         config: what `save_pretrained` writes; None reads it off the two modules.
         backend: "auto", "reference", "native" or "triton"; resolved at each call.
+        precision: of inference, see the property.
 
     Source: Strudel et al. 2021; official segm/model/segmenter.py, Segmenter.
     """
@@ -55,6 +66,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         n_cls: int,
         config: SegmenterConfig | None = None,
         backend: str = "auto",
+        precision: str = "float32",
     ):
         super().__init__()
         self.n_cls = n_cls
@@ -63,6 +75,39 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         self.decoder = decoder
         self.config = config if config is not None else describe(encoder, decoder, n_cls)
         self.backend = backend
+        self.precision = precision
+        self.quantized = QUANTIZED
+
+    @property
+    def precision(self) -> str:
+        """What inference calculates in, on top of float32 parameters: where nobody records
+        gradients, that is, and without autocast, which decides by itself.
+
+        "float32" is the parameters' own dtype. "bfloat16" takes matrix products and attention in
+        bfloat16: on a CPU that has an instruction for it by compiled code that keeps the sums of
+        layers in float32, elsewhere by autocast. "int8" takes the linear layers of the blocks in
+        int8, with weights scaled by output and activations by token, and is for CPUs with AVX-512
+        VNNI; the rest is then bfloat16 where the CPU has it, else float32.
+        """
+        return self._precision
+
+    @precision.setter
+    def precision(self, name: str) -> None:
+        self._precision = check_precision(name)
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """Which linear layers precision "int8" takes in int8: "qkv", "proj", "fc1", "fc2"."""
+        return self._quantized
+
+    @quantized.setter
+    def quantized(self, kinds: Iterable[str]) -> None:
+        kinds = frozenset(kinds)
+        if not kinds <= QUANTIZED:
+            raise ValueError(
+                f"quantized must be among {', '.join(sorted(QUANTIZED))}; got {sorted(kinds)}"
+            )
+        self._quantized = kinds
 
     @property
     def backend(self) -> str:
@@ -137,10 +182,38 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         resolve_backend(self.backend, images.device)
         height, width = images.shape[2:]
         size = tuple(n * self.patch_size for n in whole_patches((height, width), self.patch_size))
-        if not getattr(self.encoder, "fills_patches", False):
-            images = pad_to_patch(images, self.patch_size)
-        logits = self.decoder(self._features(images), size)
+        logits = self._native_logits(images) if self._may_be_native(images) else None
+        if logits is None:
+            if not getattr(self.encoder, "fills_patches", False):
+                images = pad_to_patch(images, self.patch_size)
+            with self._autocast(images):
+                logits = self.decoder(self._features(images), size)
         return PatchLogits(logits, size, crop=(0, 0, height, width), backend=self.backend)
+
+    def _may_be_native(self, images: Tensor) -> bool:
+        """Whether the one compiled call is to be asked; cheap, and nothing that compilers trace."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        wanted = resolve_backend(self.backend, images.device) == "native"
+        if self.precision == "int8" and not wanted:
+            raise BackendError(
+                f"precision 'int8' runs on a CPU with backend 'native'; the images are on "
+                f"{images.device} and the backend is {self.backend!r}"
+            )
+        return wanted
+
+    def _native_logits(self, images: Tensor) -> Tensor | None:
+        from segmenter_fast.native import inference_logits
+
+        return inference_logits(self, images)
+
+    def _autocast(self, images: Tensor) -> AbstractContextManager:
+        """Autocast for inference in bfloat16, layer by layer."""
+        kind = images.device.type
+        wanted = self.precision == "bfloat16" and not torch.is_grad_enabled()
+        if wanted and not torch.is_autocast_enabled(kind) and images.dtype == torch.float32:
+            return torch.autocast(kind, torch.bfloat16)
+        return nullcontext()
 
     def forward(self, images: Tensor, target: Tensor | None = None, **loss_options) -> Tensor:
         """Logits of every pixel, or the loss when a target is given.
@@ -214,6 +287,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         pretrained_model_name_or_path: str | Path,
         num_classes: int | None = None,
         backend: str = "auto",
+        precision: str = "float32",
         **options,
     ) -> "SegmenterModel":
         """Load weights: a folder, a file, a bundled name, the official zoo or the Hugging Face hub.
@@ -224,7 +298,7 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
                 "Seg-B-Mask/16" and the rest of the official zoo; "organisation/name" on the hub.
             num_classes: for fine-tuning; another number than the weights' draws the
                 class-dependent parameters anew and names them in a warning.
-            backend: see the class.
+            backend, precision: see the class.
             **options: `device`, and the hub's `revision`, `token`, `cache_dir`, `force_download`,
                 `local_files_only`.
 
@@ -238,9 +312,14 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
         """
         from segmenter_fast.checkpoint import load_model
 
-        return load_model(
-            pretrained_model_name_or_path, num_classes=num_classes, backend=backend, **options
+        model = load_model(
+            pretrained_model_name_or_path,
+            num_classes=num_classes,
+            backend=backend,
+            **options,
         )
+        model.precision = precision
+        return model
 
     def save_pretrained(
         self,

@@ -49,6 +49,7 @@ void bind_attention(py::module_& m);
 void bind_confusion(py::module_& m);
 void bind_cuda(py::module_& m);
 void bind_exponential(py::module_& m);
+void bind_network(py::module_& m);
 void bind_upsampling(py::module_& m);
 void bind_upsample_argmax(py::module_& m);
 void bind_upsample_cross_entropy(py::module_& m);

@@ -68,6 +68,7 @@ Raises:
   bind_attention(m);
   bind_confusion(m);
   bind_exponential(m);
+  bind_network(m);
   bind_upsampling(m);
   bind_upsample_argmax(m);
   bind_upsample_cross_entropy(m);

@@ -10,6 +10,10 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+// Of each file its own: kernel files are compiled for several levels, of which a linker must not
+// mix functions.
+namespace {
+
 inline float to_float(float value) { return value; }
 inline float to_float(Bfloat16 value) {
   const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
@@ -32,5 +36,7 @@ inline Bfloat16 from_float<Bfloat16>(float value) {
   if (value != value) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+
+}  // namespace
 
 }  // namespace segmenter
