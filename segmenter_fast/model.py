@@ -80,9 +80,9 @@ class SegmenterModel(nn.Module, ModelHubMixin, library_name="segmenter_fast"):
 
     @property
     def precision(self) -> str:
-        """What inference calculates in, on top of float32 parameters: where nobody records
-        gradients, that is, and without autocast, which decides by itself.
+        """What inference calculates in, from float32 parameters.
 
+        Inference is where nobody records gradients; autocast, if it is on, decides instead.
         "float32" is the parameters' own dtype. "bfloat16" takes matrix products and attention in
         bfloat16: on a CPU that has an instruction for it by compiled code that keeps the sums of
         layers in float32, elsewhere by autocast. "int8" takes the linear layers of the blocks in

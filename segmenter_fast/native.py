@@ -150,8 +150,7 @@ def _why_not_float(precision: str) -> str | None:
 # --------------------------------------------------------------------------- parameters
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for part in ("encoder", "decoder"):
-        for name, parameter in getattr(model, part).named_parameters(prefix=part):
-            yield name, parameter
+        yield from getattr(model, part).named_parameters(prefix=part)
 
 
 def _fingerprint(model: nn.Module) -> tuple:

@@ -124,16 +124,14 @@ struct Head {
       pack_rows(v + column, head.stride, count, kColumns, kValueSteps,
                 values + column * kValueSteps);
     }
-    // NaN wins over every number: it must not get lost.
     float largest = 0;
     Floats size = Floats{};
     for (int64_t i = 0; i < count; ++i) {
-      const float s = square(k + i * head.stride);
-      largest = s <= largest ? largest : s;
+      largest = larger(largest, square(k + i * head.stride));
       for (int64_t column = 0; column < D; column += kFloats) {
         const Floats x = load_floats(v + i * head.stride + column);
         const Floats magnitude = x < 0.0f ? -x : x;
-        size = magnitude <= size ? size : magnitude;
+        size = (size >= magnitude) | (size != size) ? size : magnitude;
       }
     }
     head.squares[block] = largest;
@@ -261,14 +259,13 @@ struct Head {
         continue;
       }
       std::memcpy(to, q + i * head.stride, D * sizeof(T));
-      const float s = square(to);
-      q_square = s <= q_square ? q_square : s;
+      q_square = larger(q_square, square(to));
     }
     const int64_t blocks = (head.N + kKeyBlock - 1) / kKeyBlock;
     float k_square = 0, size = 0;
     for (int64_t block = 0; block < blocks; ++block) {
-      k_square = head.squares[block] <= k_square ? k_square : head.squares[block];
-      size = head.sizes[block] <= size ? size : head.sizes[block];
+      k_square = larger(k_square, head.squares[block]);
+      size = larger(size, head.sizes[block]);
     }
     const float factor = head.scale * static_cast<float>(kLog2E);
     const float bound = std::sqrt(q_square) * std::sqrt(k_square) * std::fabs(factor);

@@ -129,7 +129,7 @@ void pack_int8(const float* weight, int64_t in, int64_t out, int64_t index, uint
     const float* row = weight + o * in;
     float largest = 0;
     for (int64_t i = 0; o < out && i < in; ++i) {
-      largest = std::fabs(row[i]) <= largest ? largest : std::fabs(row[i]);
+      largest = larger(largest, std::fabs(row[i]));
     }
     // Not a number: every output of this column is none, either.
     const float scale = largest / 127;

@@ -138,6 +138,9 @@ inline void multiply(Tile<Vectors>& sums, const T* a, int64_t stride, const uint
   }
 }
 
+// The larger of two, or the one that is no number: it must not get lost.
+inline float larger(float a, float b) { return a >= b || a != a ? a : b; }
+
 // Packs `columns` rows of a matrix, `stride` elements apart, as the columns of one panel: what
 // multiplies by the transposed matrix. Columns beyond are 0.
 template <typename T>
