@@ -48,6 +48,14 @@ class Backend(enum.StrEnum):
     triton = "triton"
 
 
+class Precision(enum.StrEnum):
+    """What inference calculates in; see `segmenter_fast.SegmenterModel.precision`."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class DatasetKind(enum.StrEnum):
     """Where images and labels come from."""
 
@@ -101,6 +109,13 @@ WeightsOption = Annotated[
         help="Bundled (street, scenes), official (Seg-T-Mask/16; see 'segmenter-fast zoo'), a "
         "folder with config.json and model.safetensors or with checkpoint.pth and variant.yml, or "
         "a Hugging Face organisation/name.",
+    ),
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        help="What the network is calculated in. bfloat16 takes about half of float32's time where "
+        "the hardware has it; int8 less still, on CPUs with AVX-512 VNNI."
     ),
 ]
 BackendOption = Annotated[
@@ -664,6 +679,7 @@ def predict(
         bool, typer.Option("--overwrite", help="Replace label maps and overlays in DIR.")
     ] = False,
     backend: BackendOption = Backend.auto,
+    precision: PrecisionOption = Precision.float32,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     debug: DebugOption = False,
@@ -710,7 +726,9 @@ def predict(
     from segmenter_fast.visualize import default_palette, save_image, save_label_png
     from segmenter_fast.visualize import overlay as draw_overlay
 
-    model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
+    model = SegmenterModel.from_pretrained(
+        weights, backend=backend.value, precision=precision.value, device=chosen
+    )
     config = model.config
     palette = config.palette or default_palette(config.n_cls)
 
@@ -1517,6 +1535,7 @@ def evaluate(
         typer.Option("--json", metavar="FILE", help="Write it all as JSON, too; replaces FILE."),
     ] = None,
     backend: BackendOption = Backend.auto,
+    precision: PrecisionOption = Precision.float32,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     debug: DebugOption = False,
@@ -1580,7 +1599,9 @@ def evaluate(
     talks = distributed.rank() == 0
 
     with distributed.one_goes_first(launch):
-        model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
+        model = SegmenterModel.from_pretrained(
+            weights, backend=backend.value, precision=precision.value, device=chosen
+        )
     config = model.config
     if multiscale:
         options |= {"scales": MULTISCALE, "flip": True}
@@ -1647,6 +1668,7 @@ def evaluate(
             "split": split,
             "images_of_split": len(samples),
             "protocol": used._asdict() | {"batch_size": batch_size},
+            "precision": precision.value,
             **_machine(backend.value, chosen, launch),
             **_as_json(result, names, areas),
             "warning": warning,

@@ -63,7 +63,7 @@ def test_simd_level_is_the_best_this_cpu_has(monkeypatch):
 
 def test_unknown_simd_level_is_refused(monkeypatch):
     monkeypatch.setenv("SEGMENTER_FAST_SIMD", "sse9")
-    with pytest.raises(ValueError, match='one of generic, avx2, avx512, .*; got "sse9"'):
+    with pytest.raises(ValueError, match=r'one of generic, avx2, avx512, .*; got "sse9"'):
         _C.simd_level()
 
 

@@ -227,8 +227,8 @@ def test_json_holds_everything_a_number_depends_on():
     )  # fmt: skip
     result = json.loads(Path("result.json").read_text())
     assert {
-        "weights", "variant", "dataset", "root", "split", "protocol", "backend", "device",
-        "device_name", "threads", "processes", "versions", "miou", "pixel_accuracy",
+        "weights", "variant", "dataset", "root", "split", "precision", "protocol", "backend",
+        "device", "device_name", "threads", "processes", "versions", "miou", "pixel_accuracy",
         "mean_accuracy", "frequency_weighted_iou", "iou", "images", "seconds", "images_per_second",
         "confusion", "objects", "warning", "images_of_split",
     } == result.keys()  # fmt: skip

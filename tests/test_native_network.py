@@ -84,9 +84,7 @@ def by_layers(model: SegmenterModel, images: Tensor, dtype=torch.float32, autoca
         return model.patch_logits(images.to(dtype)).grid
 
 
-def assert_as_accurate(
-    model: SegmenterModel, images: Tensor, precision: str, k: float = 3
-) -> None:
+def assert_as_accurate(model: SegmenterModel, images: Tensor, precision: str, k: float = 3) -> None:
     logits = logits_by(model, images, precision)
     exact = by_layers(model, images, torch.float64)
     if precision == "float32":
@@ -144,9 +142,7 @@ def test_every_simd_level(level, precision, monkeypatch):
     model.precision = precision
     with torch.inference_mode():
         if precision == "int8" and level not in ("avx512_vnni", "avx512_bf16"):
-            with pytest.raises(
-                BackendError, match=f"AVX-512 VNNI; .* the level '{level}'"
-            ):
+            with pytest.raises(BackendError, match=f"AVX-512 VNNI; .* the level '{level}'"):
                 native.network_of(model)
             return
         # Also where model.patch_logits would call the layers, since they are quicker there.
