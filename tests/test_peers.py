@@ -245,16 +245,32 @@ def test_openvino_in_bfloat16(modules, tiny, files):
     assert 1e-4 < error < 0.1 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime", "openvino"])
+def test_openvino_in_int8(modules, tiny, files, tmp_path):
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    _, x, expected = tiny
+    quantise, kind = modules["engines"].quantise, modules["engines"].OpenVino
+    path = quantise(files[0], [x, x.flip(2)], tmp_path / "int8.xml")
+    run = kind(path, "int8")
+    # The weights are stored in 8 bits: it did quantise.
+    assert path.with_suffix(".bin").stat().st_size < 0.5 * files[0].stat().st_size
+    error = float((run(x) - expected).abs().max())
+    assert 1e-3 < error < 0.5 * float(expected.abs().max())
+    labels = expected.argmax(1)
+    assert (run(x).argmax(1) == labels).double().mean() > 0.7
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime", "openvino", "nncf"])
 def test_absent_engines_keep_their_rows(modules, tiny, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     engines, (model, x, _) = modules["engines"], tiny
     build = {
         "onnxruntime": lambda: engines.OnnxRuntime(Path("absent")),
         "openvino": lambda: engines.OpenVino(Path("absent")),
+        "nncf": lambda: engines.quantise(Path("absent"), [x], Path("absent.xml")),
     }.get(package, lambda: engines.export_onnx(model, x, Path("absent")))
-    if package == "onnxscript":
-        pytest.importorskip("onnx")
+    if package in ("onnxscript", "nncf"):
+        pytest.importorskip("onnx" if package == "onnxscript" else "openvino")
     prepare = modules["harness"].Prepared(build)
     (row,) = modules["harness"].compare({"engine": prepare})
     assert row.not_run == f'needs {package}: pip install "segmenter_fast[bench]"'
