@@ -74,9 +74,9 @@ def changes(old: Record, new: Record) -> dict[str, list[Change]]:
     return result
 
 
-def quickest_peer(rows: Sequence[Row]) -> str | None:
-    """Name of the contestant that ratios are against; None if no peer ran."""
-    return next((r.contestant for r in rows if r.ratio == 1 and r.peer is not False), None)
+def quickest_peers(rows: Sequence[Row]) -> list[str]:
+    """Names of the contestants that ratios are against, one for each kind of which a peer ran."""
+    return [row.contestant for row in rows if row.ratio == 1 and row.peer is not False]
 
 
 def _cell(row: Row | None) -> str:
@@ -129,10 +129,10 @@ def compare(
                 style=STYLES.get(verdict),
             )
         console.print(table)
-        peers = [quickest_peer(record.cases.get(case, [])) for record in (before, after)]
-        if None not in peers and peers[0] != peers[1]:
+        peers = [quickest_peers(record.cases.get(case, [])) for record in (before, after)]
+        if all(peers) and peers[0] != peers[1]:
             # A comparison of unlike things, such as when only one run let torch.compile take part.
-            text = f"ratios are against other peers: {peers[0]} and {peers[1]}"
+            text = f"ratios are against other peers: {' and '.join(map(', '.join, peers))}"
             console.print(text, style="yellow", markup=False)
         console.print()
     console.print(f"{counts['faster']} faster, {counts['slower']} slower beyond the spread")

@@ -35,6 +35,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="time every variant of the other architectures (minutes more)",
     )
+    group.addoption(
+        "--all-sizes",
+        action="store_true",
+        help="time Seg-S and Seg-B in bench_model_batch, not Seg-T alone (minutes more)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,8 +84,9 @@ def contest(
         work: harness.Work | None = None,
         agreement: Callable[[str, Any], float] | None = None,
         images: int | None = None,
+        kind: Callable[[str], str] | None = None,
     ) -> list[harness.Row]:
-        rows = harness.compare(contestants, check, rounds, peers, agreement, images)
+        rows = harness.compare(contestants, check, rounds, peers, agreement, images, kind)
         name = request.path.stem.removeprefix("bench_")
         request.config.stash[RESULTS].setdefault(name, {})[case] = rows
         if work is not None:

@@ -60,6 +60,7 @@ def compare(
     peers: int = 1,
     agreement: Callable[[str, Any], float] | None = None,
     images: int | None = None,
+    kind: Callable[[str], str] | None = None,
 ) -> list[Row]:
     """Time contestants against each other.
 
@@ -73,6 +74,8 @@ def compare(
             is the lowest.
         agreement: called with (name, result) for the share of labels that are those in float32.
         images: how many a call takes, where it takes whole images.
+        kind: called with a contestant's name for what it is one of, such as its precision. All are
+            timed in the same rounds, and a ratio is against the quickest peer of the same kind.
 
     Returns:
         One row per contestant, in the order given.
@@ -120,8 +123,12 @@ def compare(
             seconds[name].append(_seconds(contestants[name], calls[name]))
 
     peer_names = list(contestants)[:peers]
-    peer_seconds = [seconds[name] for name in peer_names if name in seconds]
-    best = min(peer_seconds, key=statistics.median, default=None)
+    kind_of = {name: None if kind is None else kind(name) for name in contestants}
+    quickest: dict[str | None, list[float]] = {}
+    for name in peer_names:
+        if name in seconds:
+            both = [seconds[name], quickest.get(kind_of[name], seconds[name])]
+            quickest[kind_of[name]] = min(both, key=statistics.median)
     rows = []
     for name in contestants:
         peer = name in peer_names
@@ -130,6 +137,7 @@ def compare(
             continue
         low, median, high = (1e3 * _quantile(seconds[name], q) for q in (0.2, 0.5, 0.8))
         ratio: list[float | None] = [None] * 3
+        best = quickest.get(kind_of[name])
         if best is not None:
             ratios = [a / b for a, b in zip(best, seconds[name], strict=True)]
             ratio = [_quantile(ratios, q) for q in (0.2, 0.5, 0.8)]

@@ -83,6 +83,26 @@ def test_ratio_is_against_the_quickest_peer(harness):
     assert quick.ms_p20 <= quick.ms <= quick.ms_p80
 
 
+def test_ratio_is_against_the_quickest_peer_of_its_kind(harness):
+    rows = harness.compare(
+        {
+            "slow peer, half": lambda: time.sleep(0.02),
+            "peer, half": lambda: time.sleep(0.01),
+            "peer, full": lambda: time.sleep(0.03),
+            "ours, full": lambda: time.sleep(0.02),
+            "ours, half": lambda: time.sleep(0.02),
+            "ours, other": lambda: time.sleep(0.001),
+        },
+        rounds=3,
+        peers=3,
+        kind=lambda name: name.split(", ")[1],
+    )
+    ratios = {row.contestant: row.ratio for row in rows}
+    assert ratios["peer, half"] == ratios["peer, full"] == 1.0
+    assert ratios["ours, half"] < 1.0 < ratios["ours, full"] and ratios["slow peer, half"] < 1.0
+    assert ratios["ours, other"] is None and rows[-1].ms is not None
+
+
 @pytest.mark.parametrize("arguments", [{"peers": 0}, {"peers": 2}, {"rounds": 0}])
 def test_rejects_bad_input(harness, arguments):
     with pytest.raises(ValueError, match="need at least one round"):
