@@ -35,11 +35,12 @@ def _measured(sources, data: Data, network_options, precisions, limit):
     """Tasks of weights, each with the mIoU that it has on the data."""
     from torch.utils.data import Subset
 
+    from segmenter_fast.backend import BackendError
     from segmenter_fast.data.folder import spread
     from segmenter_fast.evaluate import evaluate
     from segmenter_fast.model import SegmenterModel
     from segmenter_fast.protocols import protocol
-    from segmenter_fast.tradeoff import weights_task
+    from segmenter_fast.tradeoff import is_native, weights_task
 
     chosen, backend = network_options
     name = data.kind.name if data.kind != DatasetKind.folder else data.root.name
@@ -50,11 +51,18 @@ def _measured(sources, data: Data, network_options, precisions, limit):
         images = data.split("val", limit or 100, config.image_size, _classes_of(config))
         part = spread(images, limit or None)
         how = protocol(config, "weights", name)
-        result = evaluate(model, part, **how.options())
         count = len(part) if isinstance(part, Subset) else len(images)
         text = f"{how}, {count} images"
+        each = is_native(chosen, backend)
+        mious = {}
+        for precision in precisions if each else ["float32"]:
+            model.precision = precision
+            try:
+                mious[precision] = 100 * evaluate(model, part, **how.options())["miou"]
+            except BackendError:  # such as int8 on another CPU: timing it says why
+                mious[precision] = None
         tasks += [
-            weights_task(source, 100 * result["miou"], name, text, precision)
+            weights_task(source, mious[precision if each else "float32"], name, text, precision)
             for precision in precisions
         ]
     return tasks
@@ -78,9 +86,13 @@ def tradeoff(
         ),
     ] = None,
     precision: Annotated[
-        str,
-        typer.Option(metavar="NAME,...", help="Of float32, bfloat16 and float16."),
-    ] = "float32,bfloat16",
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="On a CPU of float32, bfloat16 and int8, which are the default; elsewhere of "
+            "float32, bfloat16 and float16, by default the first two.",
+        ),
+    ] = None,
     size: Annotated[int, typer.Option(min=32, help="Side of the images, in pixels.")] = 512,
     num_model_classes: Annotated[
         int, typer.Option("--classes", min=1, help="Of the models at full size.")
@@ -130,7 +142,8 @@ def tradeoff(
     """Images per second against mIoU on this machine: a table and the paper's figure.
 
     mIoU is published (with its source), or that of small models trained by this project, or
-    measured here for --weights. Speed is always measured here, with random weights.
+    measured here for --weights, on a CPU in each precision. Speed is always measured here, with
+    random weights.
 
     \b
     segmenter-fast tradeoff --output tradeoff
@@ -140,7 +153,6 @@ def tradeoff(
     from rich.console import Console
 
     console = Console(stderr=True)
-    kinds = [kind.strip() for kind in precision.split(",")]
     data = None
     if weights:
         if dataset is None:
@@ -161,13 +173,18 @@ def tradeoff(
 
     from segmenter_fast import tradeoff as work
 
-    unknown = [kind for kind in kinds if kind not in work.PRECISIONS]
-    if unknown:
-        raise _usage("--precision", f"of {', '.join(work.PRECISIONS)}, got {', '.join(unknown)}")
     if counts[0] != 1 or list(counts) != sorted(set(counts)):
         raise _usage("--batches", f"must rise from 1, got {batches}")
     names = work.variants() if variants is None else [v.strip() for v in variants.split(",")]
     chosen = _prepare(device, backend, threads)
+    known = work.precisions(chosen, backend.value)
+    if precision is None:
+        kinds = [kind for kind in known if kind != "float16"]
+    else:
+        kinds = [kind.strip() for kind in precision.split(",")]
+    unknown = [kind for kind in kinds if kind not in known]
+    if unknown:
+        raise _usage("--precision", f"of {', '.join(known)}, got {', '.join(unknown)}")
     tasks = []
     if names != ["none"]:
         tasks += work.published_tasks(names, kinds, size, num_model_classes)
@@ -216,7 +233,8 @@ def tradeoff(
             "",
             "Made by `segmenter-fast tradeoff`. Images per second: images to label maps, batch 1, "
             "random weights, medians over passes; parts are shares of that time by PyTorch's "
-            "profiler. mIoU: as the last column says.",
+            "profiler. mIoU: as the last column says; that of published and small models is of "
+            "float32.",
             "",
             *picture,
         ]

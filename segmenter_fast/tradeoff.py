@@ -2,7 +2,8 @@
 
 Speed needs no training, so every variant is timed with random weights, images to label maps. mIoU
 is either measured (of weights that are given, or of the small models that this project trained on
-procedural scenes) or published; a row says which, and where it comes from.
+procedural scenes) or published; a row says which, and where it comes from. That of given weights is
+measured in each precision on a CPU, the others are of float32.
 
 A machine's speed wanders. Every model is therefore timed in several passes over all models, and its
 figure is the median over the passes.
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from segmenter_fast.backend import PRECISIONS as NATIVE_PRECISIONS
+from segmenter_fast.backend import BackendError, resolve_backend
 from segmenter_fast.checkpoint import load_checkpoint
 from segmenter_fast.config import SegmenterConfig
 from segmenter_fast.data.scenes import Scenes
@@ -32,7 +35,8 @@ from segmenter_fast.variants import create_config, create_model_from_config
 
 SMALL_MODELS = Path(__file__).parent / "data" / "small_models.json"
 SIZES, PATCHES = "TSBL", (8, 16, 32)
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of parameters and images, where layers run one by one.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTS = ("patch embedding", "attention", "linear layers", "head", "other")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # Batches grow while they gain more than this.
@@ -49,13 +53,23 @@ def variants() -> list[str]:
     ]
 
 
+def is_native(device: torch.device | str, backend: str) -> bool:
+    """Whether `SegmenterModel.precision` chooses the precision there, and not the dtype."""
+    return resolve_backend(backend, device) == "native"
+
+
+def precisions(device: torch.device | str, backend: str = "auto") -> tuple[str, ...]:
+    """Names of the precisions that can be timed there."""
+    return NATIVE_PRECISIONS if is_native(device, backend) else tuple(DTYPES)
+
+
 class Task(NamedTuple):
     """A model to be timed, and what is known of its mIoU.
 
     Args:
         name: of the row.
         config: architecture and crop; the images have the size of the crop.
-        precision: "float32", "bfloat16" or "float16".
+        precision: one of `precisions`.
         miou: in percent, or None.
         kind: "measured" or "published", or "" without an mIoU.
         source: where the mIoU comes from.
@@ -128,14 +142,24 @@ def small_tasks(precisions: Iterable[str]) -> list[Task]:
     return tasks
 
 
-def weights_task(source: str, miou: float, dataset: str, protocol: str, precision: str) -> Task:
-    """Weights with an mIoU, in percent, that was measured by `evaluate`."""
+def weights_task(
+    source: str, miou: float | None, dataset: str, protocol: str, precision: str
+) -> Task:
+    """Weights with an mIoU, in percent, that was measured by `evaluate`; None if it could not."""
     config = load_checkpoint(source)[0]
-    return Task(source, config, precision, miou, "measured", protocol, dataset)
+    kind = "" if miou is None else "measured"
+    return Task(source, config, precision, miou, kind, protocol, dataset)
 
 
 def _random_model(task: Task, device: torch.device, backend: str):
-    """A model of the architecture; its values are small, and cheap to draw."""
+    """A model of the architecture; its values are small, and cheap to draw.
+
+    Raises:
+        BackendError: no such precision there.
+    """
+    known = precisions(device, backend)
+    if task.precision not in known:
+        raise BackendError(f"precision must be one of {', '.join(known)}; got {task.precision!r}")
     with torch.device("meta"):
         model = create_model_from_config(task.config, backend)
     model = model.to_empty(device=device)
@@ -146,10 +170,14 @@ def _random_model(task: Task, device: torch.device, backend: str):
                 parameter.normal_(std=0.02, generator=generator)
             else:
                 parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-    return model.to(PRECISIONS[task.precision]).eval()
+    if is_native(device, backend):
+        model.precision = task.precision
+    else:
+        model.to(DTYPES[task.precision])
+    return model.eval()
 
 
-def _images(task: Task, batch: int, device: torch.device) -> torch.Tensor:
+def _images(task: Task, batch: int, model) -> torch.Tensor:
     """Network input with structure, as pictures have and noise has not."""
     generator = torch.Generator().manual_seed(batch)
     layers = [
@@ -160,7 +188,7 @@ def _images(task: Task, batch: int, device: torch.device) -> torch.Tensor:
         )
         for side in (4, 16, 64)
     ]
-    return (sum(layers) / 2).to(device, PRECISIONS[task.precision])
+    return (sum(layers) / 2).to(next(model.parameters()))
 
 
 def _seconds(model, x: torch.Tensor, device: torch.device) -> float:
@@ -213,7 +241,7 @@ def measure(
             progress(f"pass {turn + 1} of {passes}: {task.name}, {task.precision}")
             try:
                 model = _random_model(task, device, backend)
-                x = _images(task, 1, device)
+                x = _images(task, 1, model)
                 first = _seconds(model, x, device)  # warms up, too
                 if first > seconds:
                     reasons[i] = f"one image takes {first:.0f} s, more than --seconds"
@@ -247,7 +275,7 @@ def _best_batch(task, model, device, batches, seconds, single) -> tuple[float, i
     for batch in batches[1:]:
         if 1.5 * batch / best[0] > seconds:
             break
-        x = _images(task, batch, device)
+        x = _images(task, batch, model)
         model.labels(x)
         rate = batch / min(_seconds(model, x, device) for _ in range(2))
         if rate < GAIN * best[0]:
@@ -274,8 +302,29 @@ def part_of(operation: str) -> str:
     return "other"
 
 
+# The one native call: its name in the profiler, and what it calls its parts.
+_CALL = "segmenter_fast::network"
+_CALL_PARTS = {
+    "embed": "patch embedding",
+    "attention": "attention",
+    "linear": "linear layers",
+    "head": "head",
+}
+
+
+def _parts_of_call(model, x: torch.Tensor, microseconds: float) -> dict[str, float]:
+    """Microseconds of the one native call by part; norms and waiting are "other"."""
+    from segmenter_fast.native import seconds_of
+
+    times = dict.fromkeys(PARTS, 0.0)
+    for name, seconds in seconds_of(model, x).items():
+        times[_CALL_PARTS.get(name, "other")] += 1e6 * seconds
+    times["other"] += max(0.0, microseconds - sum(times.values()))
+    return times
+
+
 def _parts(model, x: torch.Tensor, device: torch.device) -> dict[str, float]:
-    """Shares of the time by part, from PyTorch's profiler."""
+    """Shares of the time by part, from PyTorch's profiler and what the native call counts."""
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CPU]
@@ -288,7 +337,11 @@ def _parts(model, x: torch.Tensor, device: torch.device) -> dict[str, float]:
     times = dict.fromkeys(PARTS, 0.0)
     for event in profiler.key_averages():
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        times[part_of(event.key)] += own
+        if event.key == _CALL and device.type == "cpu":
+            for part, microseconds in _parts_of_call(model, x, own).items():
+                times[part] += microseconds
+        else:
+            times[part_of(event.key)] += own
     total = sum(times.values()) or 1.0
     return {part: value / total for part, value in times.items()}
 
@@ -395,7 +448,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, *paths: str | os.PathLike) 
         raise ValueError("nothing to draw: no row has both images per second and an mIoU")
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     figure = Figure(figsize=(6.4 * len(datasets), 4.8), layout="constrained")
-    styles = {"float32": "-", "bfloat16": "--", "float16": ":"}
+    styles = {"float32": "-", "bfloat16": "--", "float16": ":", "int8": "-."}
     for axes, dataset in zip(
         figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True
     ):

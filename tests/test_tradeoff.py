@@ -82,14 +82,38 @@ def test_what_fails_does_not_stop_the_others(monkeypatch):
     assert first.reason == "no room for 3 GiB" and second.images_per_second > 0
 
 
-def test_random_models_are_finite_in_every_precision():
-    for precision in tradeoff.PRECISIONS:
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_random_models_are_finite_in_every_precision(backend):
+    names = {name for name, _ in create_model("Seg-N-Mask/16", 5, 64).named_parameters()}
+    known = tradeoff.precisions("cpu", backend)
+    assert ("int8" in known) == (backend == "auto") and ("float16" in known) != ("int8" in known)
+    for precision in known:
         task = toy("Seg-N-Mask/16", precision)
-        model = tradeoff._random_model(task, torch.device("cpu"), "reference")
-        assert all(p.isfinite().all() and p.dtype == tradeoff.PRECISIONS[precision]
-                   for p in model.parameters())  # fmt: skip
-        names = {name for name, _ in create_model("Seg-N-Mask/16", 5, 64).named_parameters()}
+        model = tradeoff._random_model(task, torch.device("cpu"), backend)
+        native = backend == "auto"
+        dtype = torch.float32 if native else tradeoff.DTYPES[precision]
+        assert all(p.isfinite().all() and p.dtype == dtype for p in model.parameters())
+        assert model.precision == (precision if native else "float32")
         assert {name for name, _ in model.named_parameters()} == names
+
+
+def test_a_precision_that_is_not_there_says_so():
+    for precision, backend in (("int8", "reference"), ("float16", "auto")):
+        [speed] = measure([toy(precision=precision)], backend=backend, passes=1, batches=(1,))
+        assert f"got '{precision}'" in speed.reason
+
+
+def test_parts_of_the_one_native_call(monkeypatch):
+    """What it counts itself; the rest of its time is of no part."""
+    from segmenter_fast import native
+
+    counted = {"embed": 1e-6, "attention": 4e-6, "linear": 3e-6, "norm": 1e-6, "head": 2e-6}
+    monkeypatch.setattr(native, "seconds_of", lambda model, x: counted)
+    times = tradeoff._parts_of_call(None, None, microseconds=15.0)
+    assert times == pytest.approx(
+        {"patch embedding": 1, "attention": 4, "linear layers": 3, "head": 2, "other": 5}
+    )
+    assert set(times) == set(PARTS)
 
 
 @pytest.mark.parametrize(
@@ -180,11 +204,19 @@ def test_weights_are_measured(tmp_path):
     model.config = dataclasses.replace(model.config, class_names=Scenes.class_names)
     model.save_pretrained(tmp_path / "mine")
     words = ("--variants", "none", "--no-small", "-w", tmp_path / "mine", "--dataset", "scenes")
-    run("-o", tmp_path / "out", *words, "--scene-size", "64,96", "--limit", 2, *QUICK)
-    [row] = json.loads((tmp_path / "out/tradeoff.json").read_text())["rows"]
-    expected = evaluate(model.eval(), Scenes(2, size=(64, 96), split="val"), progress=False)
-    assert row["miou"] == pytest.approx(100 * expected["miou"], abs=0.5)
-    assert row["kind"] == "measured" and row["dataset"] == "scenes" and "2 images" in row["source"]
+    words += ("--scene-size", "64,96", "--limit", 2, *QUICK[:-2], "--device", "cpu")
+    run("-o", tmp_path / "out", *words)
+    rows = json.loads((tmp_path / "out/tradeoff.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["float32", "bfloat16", "int8"]
+    for row in rows:
+        model.precision = row["precision"]
+        if row["reason"]:  # no instructions for int8 here
+            assert row["precision"] == "int8" and row["miou"] is None
+            continue
+        expected = evaluate(model.eval(), Scenes(2, size=(64, 96), split="val"), progress=False)
+        assert row["miou"] == pytest.approx(100 * expected["miou"], abs=1e-6)
+        assert row["kind"] == "measured" and row["dataset"] == "scenes"
+        assert "2 images" in row["source"]
 
 
 @pytest.mark.parametrize(
@@ -192,6 +224,7 @@ def test_weights_are_measured(tmp_path):
     [
         (("--variants", "Seg-X/16"), "Seg-X/16"),
         (("--precision", "int4"), "--precision"),
+        (("--precision", "float16", "--device", "cpu"), "of float32, bfloat16, int8"),
         (("--batches", "2,4"), "must rise from 1"),
         (("--variants", "none", "--no-small"), "nothing to measure"),
         (("--weights", "street"), "--dataset"),
