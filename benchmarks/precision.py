@@ -139,7 +139,7 @@ def page(sections: Iterable[Sequence[str]], level: str) -> str:
         f"{torch.__version__.split('+')[0]}, instructions `{level}`. All in percent, differences "
         "in points against float32. int8 is that of the linear layers in the blocks: queries, keys "
         "and values (qkv), the projection after attention (proj), and the two layers of the MLP "
-        "(fc1, fc2).",
+        "(fc1, fc2); what is not int8 is then bfloat16, where the processor has it.",
         "",
     ]
     for part in sections:
