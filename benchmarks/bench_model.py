@@ -43,7 +43,7 @@ SLACK = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.3}
 """By how much a label's float32 logit may fall short of the pixel's best, as a share of the largest
 logit: two encoders in float32 differ by some 1e-5 of it, one in bfloat16 by a few times 2^-8."""
 CALIBRATION = 8
-"""Images by which ranges of int8 are chosen, where they are chosen beforehand."""
+"""Images, two calls of them at least, by which the engines choose ranges for int8 beforehand."""
 
 
 def images(batch: int, seed: int = 0) -> torch.Tensor:
@@ -148,8 +148,8 @@ def whole_models(contest, compiled, folder: Path, variant: str, batch: int, roun
 
     @functools.cache
     def quantised() -> Path:
-        calibration = images(CALIBRATION * batch, seed=1)
-        return quantise(exported(), calibration.split(batch), folder / "int8.xml")
+        calibration = images(max(CALIBRATION, 2 * batch), seed=1).split(batch)
+        return quantise(exported(), calibration, folder / "int8.xml")
 
     def engine(kind, path: Callable[[], Path], *arguments) -> Prepared:
         return Prepared(lambda: label_maps(kind(path(), *arguments), x))
