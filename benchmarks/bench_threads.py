@@ -5,6 +5,7 @@ thread. All counts are timed in the same rounds, so that what a busy machine doe
 """
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -31,15 +32,20 @@ def counts(most: int) -> list[int]:
 def with_threads(threads: int, call: Prepared) -> Prepared:
     """The same with another number of threads; PyTorch's own is put back."""
 
-    def build():
-        def labels() -> torch.Tensor:
+    def within(function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
-                return call()
+                return function()
             finally:
                 torch.set_num_threads(before)
 
+        return run
+
+    def build() -> Callable[[], torch.Tensor]:
+        labels = within(call)
+        labels.fresh = within(lambda: call.fresh())
         return labels
 
     return Prepared(build)
