@@ -22,6 +22,7 @@ PAGES = [
     "own-data",
     "checkpoints",
     "evaluation",
+    "cpu",
     "kernels",
 ]  # analyses: its own test
 BLOCK = re.compile(r"(<!-- not run:.*?-->\n)?```(bash|python)\n(.*?)```", re.DOTALL)

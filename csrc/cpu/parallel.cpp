@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -16,6 +17,20 @@ namespace {
 
 using Body = std::function<void(int64_t, int)>;
 
+// A network is some fifty calls of a millisecond or less, and a sleeping thread takes tens of
+// microseconds to wake: for so long it pays to look again before going to sleep.
+constexpr std::chrono::microseconds kPatience{50};
+
+template <typename Condition>
+void wait_briefly(const Condition& met) {
+  const auto stop = std::chrono::steady_clock::now() + kPatience;
+  while (!met() && std::chrono::steady_clock::now() < stop) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
 // One call of parallel_for, shared by the threads that help with it.
 struct Job {
   Job(int64_t tasks, const Body& body) : tasks(tasks), body(body) {}
@@ -24,9 +39,9 @@ struct Job {
   const Body& body;
   std::atomic<int64_t> next_task{0};
 
-  // Guarded by the pool's mutex.
+  // Changed under the pool's mutex.
+  std::atomic<int> helping{0};
   int next_worker = 1;
-  int helping = 0;
   std::exception_ptr error;
 };
 
@@ -42,6 +57,7 @@ class ThreadPool {
         ++size_;
       }
       for (int i = 0; i < helpers; ++i) queue_.push_back(job);
+      invitations_.store(static_cast<int>(queue_.size()));
     }
     if (helpers == 1) {
       work_available_.notify_one();
@@ -54,6 +70,10 @@ class ThreadPool {
     std::unique_lock<std::mutex> lock(mutex_);
     // Invitations that nobody took up are withdrawn: a busy pool never delays a finished call.
     queue_.erase(std::remove(queue_.begin(), queue_.end(), job), queue_.end());
+    invitations_.store(static_cast<int>(queue_.size()));
+    lock.unlock();
+    wait_briefly([&] { return job->helping.load() == 0; });
+    lock.lock();
     helper_left_.wait(lock, [&] { return job->helping == 0; });
     if (job->error) std::rethrow_exception(job->error);
   }
@@ -62,9 +82,15 @@ class ThreadPool {
   void work() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
+      if (queue_.empty()) {
+        lock.unlock();
+        wait_briefly([this] { return invitations_.load() > 0; });
+        lock.lock();
+      }
       work_available_.wait(lock, [this] { return !queue_.empty(); });
       std::shared_ptr<Job> job = std::move(queue_.front());
       queue_.pop_front();
+      invitations_.store(static_cast<int>(queue_.size()));
       const int worker = job->next_worker++;
       ++job->helping;
       lock.unlock();
@@ -88,6 +114,7 @@ class ThreadPool {
   std::condition_variable work_available_;
   std::condition_variable helper_left_;
   std::deque<std::shared_ptr<Job>> queue_;
+  std::atomic<int> invitations_{0};  // the queue's size, for those who look without the mutex
   int size_ = 0;
 };
 
