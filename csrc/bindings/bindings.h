@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../cpu/attention.h"
+#include "../cpu/attention_gradient.h"
 #include "../cpu/confusion.h"
 #include "../cpu/upsample_argmax.h"
 #include "../cpu/upsampling.h"

@@ -21,19 +21,21 @@ int64_t query_block(int64_t N) {
 
 }  // namespace
 
-void attention(const Attention& call, AttentionMemory& memory) {
-  if (call.B < 0 || call.N < 0 || call.H < 0) {
+void check_attention(int64_t B, int64_t N, int64_t H, int64_t D) {
+  if (B < 0 || N < 0 || H < 0) {
     throw std::invalid_argument("attention: sizes must not be negative");
   }
-  if (!attends_to(call.D)) {
+  if (!attends_to(D)) {
     throw std::invalid_argument("attention: expected 32, 64 or 128 channels per head, got " +
-                                std::to_string(call.D));
+                                std::to_string(D));
   }
+}
+
+void attention(const Attention& call, AttentionMemory& memory) {
+  check_attention(call.B, call.N, call.H, call.D);
   if (call.B == 0 || call.N == 0 || call.H == 0) return;
   const AttentionKernels& level = SEGMENTER_PRODUCT_KERNELS(call.simd, attention_kernels);
-  const HeadKernels& kernels = level.heads[static_cast<int>(call.type)][call.D == 32   ? 0
-                                                                        : call.D == 64 ? 1
-                                                                                       : 2];
+  const HeadKernels& kernels = level.heads[static_cast<int>(call.type)][head_width_index(call.D)];
   const int64_t element = call.type == ElementType::float32 ? 4 : 2;
   const int64_t heads = call.B * call.H;
   const int64_t words = kernels.packed_words(call.N);
@@ -72,6 +74,7 @@ void attention(const Attention& call, AttentionMemory& memory) {
     view.out = static_cast<char*>(call.out) + (b * call.N * call.H + h) * call.D * element;
     view.out_stride = call.H * call.D;
     view.scale = call.scale;
+    view.statistics = call.statistics == nullptr ? nullptr : call.statistics + head * 2 * call.N;
     return view;
   };
   parallel_for(heads * key_blocks, threads, [&](int64_t task, int) {

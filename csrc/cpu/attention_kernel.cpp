@@ -14,8 +14,7 @@
 
 #include <cmath>
 
-#include "exponential.h"
-#include "products.h"
+#include "attention_parts.h"
 
 namespace segmenter {
 namespace SEGMENTER_SIMD_LEVEL {
@@ -23,15 +22,6 @@ namespace {
 
 // Largest bound on scores, in powers of two, for which no maximum is kept.
 constexpr float kLargestExponent = 96;
-
-template <typename T>
-inline Floats probability(Floats x) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    return exp2_ordinary<float>(x);
-  } else {
-    return exp2_rough(x);
-  }
-}
 
 // Which lanes are below `count`.
 inline Words lanes_below(int64_t count) {
@@ -82,22 +72,17 @@ struct Head {
     float* scores;   // (kRows, kKeyBlock)
     T* weights;      // (kRows, kKeyBlock) probabilities
 
-    static constexpr int64_t kWords =
-        kQueryBlock * (D / kPerWord<T> + D + kFloats + 1) + kRows * kKeyBlock * 2 + 7 * 16;
+    static constexpr int64_t kWords = kQueryBlock * (D / kPerWord<T> + D + kFloats + 1) +
+                                      kRows * kKeyBlock * 2 + 6 * kAlignedWords;
 
     explicit Work(uint32_t* memory) {
-      const auto take = [&memory](int64_t words) {
-        const uintptr_t address = (reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64;
-        uint32_t* taken = reinterpret_cast<uint32_t*>(address);
-        memory = taken + words;
-        return taken;
-      };
-      queries = reinterpret_cast<T*>(take(kQueryBlock * kSteps));
-      sums = reinterpret_cast<float*>(take(kQueryBlock * D));
-      totals = reinterpret_cast<float*>(take(kQueryBlock * kFloats));
-      largest = reinterpret_cast<float*>(take(kQueryBlock));
-      scores = reinterpret_cast<float*>(take(kRows * kKeyBlock));
-      weights = reinterpret_cast<T*>(take(kRows * kKeyBlock));
+      Taker take{memory};
+      queries = take.words<T>(kQueryBlock * kSteps);
+      sums = take.words<float>(kQueryBlock * D);
+      totals = take.words<float>(kQueryBlock * kFloats);
+      largest = take.words<float>(kQueryBlock);
+      scores = take.words<float>(kRows * kKeyBlock);
+      weights = take.words<T>(kRows * kKeyBlock);
     }
   };
 
@@ -172,7 +157,8 @@ struct Head {
         Floats x = scores[r][v] * factor;
         if (v == Vectors - 1) x = last ? x : splat(-INFINITY);
         most = x > most ? x : most;
-        store(to + r * kKeyBlock + v * kFloats, x);
+        // Multiplied again when the largest is known: fused with the subtraction, as backward does.
+        store(to + r * kKeyBlock + v * kFloats, scores[r][v]);
       }
       store(largest + r * kFloats, most);
     }
@@ -235,8 +221,8 @@ struct Head {
       rescale[r] = std::exp2(before - now);
       Floats total = load(totals + r * kFloats) * rescale[r];
       for (int64_t key = 0; key < count; key += kFloats) {
-        const Floats x = load(work.scores + r * kKeyBlock + key) - now;
-        // Lanes beyond the last key have score -infinity, and add nothing.
+        const Floats x = load(work.scores + r * kKeyBlock + key) * factor - now;
+        // Lanes beyond the last key add nothing.
         const Words inside = key + kFloats <= count ? Words{} - 1 : lanes_below(count - key);
         Floats value[1] = {probability<T>(x > -126.0f ? x : splat(-126.0f))};
         // What is no number stays none.
@@ -269,8 +255,10 @@ struct Head {
     }
     const float factor = head.scale * static_cast<float>(kLog2E);
     const float bound = std::sqrt(q_square) * std::sqrt(k_square) * std::fabs(factor);
-    // Nor may sums of probabilities times values overflow. False for NaN.
-    const bool bounded = bound <= kLargestExponent && bound + std::log2(head.N * (size + 1)) < 126;
+    // Nor may sums of probabilities times values overflow. False for NaN. A single key comes with
+    // the probability 1 that it has where the largest score is subtracted.
+    const bool bounded =
+        head.N > 1 && bound <= kLargestExponent && bound + std::log2(head.N * (size + 1)) < 126;
 
     std::memset(work.sums, 0, tiles * kRows * D * sizeof(float));
     std::memset(work.totals, 0, tiles * kRows * kFloats * sizeof(float));
@@ -300,7 +288,15 @@ struct Head {
 
     T* out = static_cast<T*>(head.out) + first * head.out_stride;
     for (int64_t i = 0; i < count; ++i) {
-      const float inverse = 1.0f / sum_of_lanes<float>(load(work.totals + i * kFloats));
+      const float total = sum_of_lanes<float>(load(work.totals + i * kFloats));
+      const float inverse = 1.0f / total;
+      if (head.statistics != nullptr) {
+        float* statistics = head.statistics + first + i;
+        // A whole number, which takes nothing from the scores' precision when it is subtracted.
+        const float m = bounded ? std::round(std::log2(total)) : work.largest[i];
+        statistics[0] = m;
+        statistics[head.N] = bounded ? std::exp2(m) / total : inverse;
+      }
       for (int64_t column = 0; column < D; column += 2 * kFloats) {
         const float* from = work.sums + i * D + column;
         store_pair(out + i * head.out_stride + column, load(from) * inverse,

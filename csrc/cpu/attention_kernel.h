@@ -22,6 +22,7 @@ struct HeadView {
   void* out;                // rows of D elements, `out_stride` apart
   int64_t out_stride;
   float scale;
+  float* statistics;  // (2, N) or null
 };
 
 struct HeadKernels {
