@@ -1,4 +1,7 @@
-"""Self-attention over a packed projection: fused against written out."""
+"""Self-attention over a packed projection: fused against written out.
+
+Widths of 32 and 64 go to the native kernel, 8 and 16 to PyTorch's fused attention.
+"""
 
 import pytest
 import torch
@@ -31,6 +34,14 @@ def test_matches_reference(shape, dtype, spikes):
 def test_gradcheck():
     qkv = torch.randn(1, 3, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(attention, (qkv,))
+
+
+def test_opcheck():
+    """Of the native kernel, which tests/test_attention_native.py has more to say about."""
+    qkv = torch.randn(2, 7, 3, 3, 32)
+    op = torch.ops.segmenter_fast.attention.default
+    torch.library.opcheck(op, (qkv, False))
+    torch.library.opcheck(op, (qkv.requires_grad_(), True))
 
 
 def test_compile_fullgraph():

@@ -153,7 +153,7 @@ struct HeadGradient {
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
-        const Floats x = tile[r][v] * factor - load(exponents + v * kFloats);
+        const Floats x = product(tile[r][v], factor) - load(exponents + v * kFloats);
         Floats p = probability<T>(x > kLeast ? x : splat(kLeast)) * load(inverses + v * kFloats);
         // A key that does not exist may be far above all others.
         if (r >= rows) p = Floats{};

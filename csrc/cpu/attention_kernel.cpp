@@ -137,7 +137,7 @@ struct Head {
     for (int r = 0; r < kRows; ++r) {
       Floats values[Vectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) values[v] = probability<T>(scores[r][v] * factor);
+      for (int v = 0; v < Vectors; ++v) values[v] = probability<T>(product(scores[r][v], factor));
       values[Vectors - 1] = (Floats)((Words)values[Vectors - 1] & last);
       float* total = totals + r * kFloats;
       store(total, keep<T, Vectors>(weights + r * kKeyBlock, values, load(total)));
@@ -154,11 +154,10 @@ struct Head {
     for (int r = 0; r < kRows; ++r) {
       Floats most = load(largest + r * kFloats);
       for (int v = 0; v < Vectors; ++v) {
-        Floats x = scores[r][v] * factor;
+        Floats x = product(scores[r][v], factor);
         if (v == Vectors - 1) x = last ? x : splat(-INFINITY);
         most = x > most ? x : most;
-        // Multiplied again when the largest is known: fused with the subtraction, as backward does.
-        store(to + r * kKeyBlock + v * kFloats, scores[r][v]);
+        store(to + r * kKeyBlock + v * kFloats, x);
       }
       store(largest + r * kFloats, most);
     }
@@ -221,8 +220,8 @@ struct Head {
       rescale[r] = std::exp2(before - now);
       Floats total = load(totals + r * kFloats) * rescale[r];
       for (int64_t key = 0; key < count; key += kFloats) {
-        const Floats x = load(work.scores + r * kKeyBlock + key) * factor - now;
-        // Lanes beyond the last key add nothing.
+        const Floats x = load(work.scores + r * kKeyBlock + key) - now;
+        // Lanes beyond the last key have score -infinity, and add nothing.
         const Words inside = key + kFloats <= count ? Words{} - 1 : lanes_below(count - key);
         Floats value[1] = {probability<T>(x > -126.0f ? x : splat(-126.0f))};
         // What is no number stays none.
