@@ -26,16 +26,29 @@ from segmenter_fast.blocks import Attention
 from segmenter_fast.model import SegmenterModel
 
 
-def plain(model: SegmenterModel) -> SegmenterModel:
-    """The same parameters in PyTorch's own operators, with its fused attention.
+class FusedAttention(Attention):
+    """Attention by PyTorch's `scaled_dot_product_attention`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self._packed(x).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(y))
+
+
+def plain(model: SegmenterModel, share: bool = False) -> SegmenterModel:
+    """The same model in PyTorch's own operators, with its fused attention, for evaluation.
 
     Nothing of this project's kernels is left in it: a peer, and what an exporter can read.
+
+    Args:
+        model: to copy.
+        share: take its parameters themselves, not copies of them.
     """
-    copied = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()} if share else None).eval()
     copied.backend = "reference"
     for module in copied.modules():
         if isinstance(module, Attention):
-            module.backend = "native"  # which is scaled_dot_product_attention
+            module.__class__ = FusedAttention
     return copied
 
 
