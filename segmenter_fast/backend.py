@@ -1,9 +1,9 @@
 """Which implementation runs: one small table, asked at every call.
 
 `reference` is plain PyTorch on any device and the definition of the right answer. `native` is the
-CPU path: the compiled kernels of `segmenter_fast._C` beside PyTorch's own matrix products and fused
-attention. `triton` is the GPU path, and runs on CPU tensors too where Triton's interpreter was
-chosen. `auto` looks at the device of the tensor in hand.
+CPU path: the compiled kernels of `segmenter_fast._C` beside PyTorch's own matrix products, and its
+fused attention where ours has no kernel. `triton` is the GPU path, and runs on CPU tensors too
+where Triton's interpreter was chosen. `auto` looks at the device of the tensor in hand.
 """
 
 import torch
