@@ -50,7 +50,9 @@ def kernels(qkv: Tensor, dropout_p: float = 0.0, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("spikes", [False, True])
 def test_matches_reference(shape, spikes):
-    assert_matches(kernels, attention_reference, make_inputs(shape, spikes), torch.float32)
+    # Few numbers of long sums: PyTorch's own error is small by chance with some BLAS libraries.
+    k = 5 if shape[-1] == MOST_CHANNELS else None
+    assert_matches(kernels, attention_reference, make_inputs(shape, spikes), torch.float32, k)
 
 
 @dtypes

@@ -258,7 +258,8 @@ class WindowLogits:
     def labels(self) -> Tensor:
         """(H, W) class of each pixel: uint8, int16 from 257 classes, int32 from 32768 up.
 
-        The first class wins ties and NaN counts as largest.
+        The first class wins ties and NaN counts as largest. (Of the reference: ties that are still
+        ties after its matrix products, which may round equal rows differently.)
         """
         return self._evaluate(True, "none")[0]
 
