@@ -446,10 +446,19 @@ def machine() -> dict[str, Any]:
 
 
 def machine_kind() -> str:
-    """Name of the folder under results/: the GPU, or the processor's capability and core count."""
+    """Name of the folder under results/: the GPU, or the CPU's instruction set and core count.
+
+    The instruction set is the one that the compiled kernels chose, which tells more processors
+    apart than PyTorch's.
+    """
+    from segmenter_fast.backend import BackendError, native_module
+
     if torch.cuda.is_available():
         return _slug(torch.cuda.get_device_name())
-    capability = torch.backends.cpu.get_cpu_capability()
+    try:
+        capability = native_module().simd_level()
+    except BackendError:
+        capability = torch.backends.cpu.get_cpu_capability()
     return _slug(f"cpu {platform.machine()} {capability} {os.cpu_count()} cores")
 
 
