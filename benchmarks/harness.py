@@ -475,14 +475,15 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Short hash, with `+changes` when the work tree differs from it."""
+    """Short hash, with `+changes` when the work tree differs from it in more than results."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(RESULTS.parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "-s") else "")
+        changes = git("status", "-s", "--", ":/", f":(exclude){RESULTS}")
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
