@@ -668,6 +668,7 @@ def load_checkpoint(
     return config, {name: tensor.to(map_location) for name, tensor in state_dict.items()}
 
 
+@torch.inference_mode(False)  # parameters made in it count no changes and can never be trained
 def load_model(
     source: str | Path,
     num_classes: int | None = None,

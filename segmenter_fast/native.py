@@ -88,20 +88,38 @@ def _why_not_this(model: nn.Module) -> str | None:
         return f"the encoder is a {type(encoder).__name__}"
     if type(decoder) not in (DecoderLinear, MaskTransformer):
         return f"the decoder is a {type(decoder).__name__}"
-    for part in (encoder, decoder):
-        for name, module in part.named_modules():
-            if type(module) not in _KNOWN or "forward" in module.__dict__:
-                return f"{name} is not this library's or PyTorch's own {type(module).__name__}"
-            if module._forward_hooks or module._forward_pre_hooks:
-                return f"{name} has hooks"
-            if module.training:
-                return "the model is in training mode; call .eval()"
-    for parameter in model.parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-            return f"parameters are {parameter.dtype} on {parameter.device}, not float32 on a CPU"
-        if type(parameter) is not nn.Parameter:
-            return f"a parameter is a {type(parameter).__name__}"
+    for module in _modules(model):
+        if type(module) not in _KNOWN or "forward" in module.__dict__:
+            kind = type(module).__name__
+            return f"{_name(model, module)} is not this library's or PyTorch's own {kind}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{_name(model, module)} has hooks"
+        if module.training:
+            return "the model is in training mode; call .eval()"
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
+                which = f"{parameter.dtype} on {parameter.device}"
+                return f"parameters are {which}, not float32 on a CPU"
+            if type(parameter) is not nn.Parameter:
+                return f"a parameter is a {type(parameter).__name__}"
     return _why_not_this_size(encoder, decoder)
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """All modules of encoder and decoder; `named_modules` takes as long as a small network."""
+    modules = {model.encoder: None, model.decoder: None}  # in order, each once
+    left = list(modules)
+    for module in left:  # which grows as it is gone through
+        new = [m for m in module._modules.values() if m is not None and m not in modules]
+        modules.update(dict.fromkeys(new))
+        left += new
+    return left
+
+
+def _name(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _why_not_this_size(encoder: VisionTransformer, decoder: nn.Module) -> str | None:
@@ -159,7 +177,7 @@ def _fingerprint(model: nn.Module) -> tuple:
     PyTorch counts changes, but not those through `.data`: for these a part of each parameter is
     looked at. Parameters made in inference mode are not counted, and looked at whole.
     """
-    tensors = [tensor for _, tensor in _tensors(model)]
+    tensors = [t for m in _modules(model) for t in m._parameters.values() if t is not None]
     counted = [t for t in tensors if not t.is_inference()]
     versions = tuple((t.data_ptr(), t._version) for t in counted)
     sample = native_module().sample

@@ -4,6 +4,8 @@ import difflib
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from segmenter_fast.config import MLP_RATIO, NORMALIZATION, SegmenterConfig
 from segmenter_fast.decoder import DecoderLinear, MaskTransformer
 from segmenter_fast.encoder import VisionTransformer
@@ -99,6 +101,7 @@ def create_config(
     return SegmenterConfig(**(fields | changes))
 
 
+@torch.inference_mode(False)  # parameters made in it count no changes and can never be trained
 def create_model_from_config(config: SegmenterConfig, backend: str = "auto") -> SegmenterModel:
     """A freshly initialised model, in training mode.
 
@@ -134,6 +137,7 @@ def create_model_from_config(config: SegmenterConfig, backend: str = "auto") -> 
     return SegmenterModel(encoder, decoder, config.n_cls, config=config, backend=backend)
 
 
+@torch.inference_mode(False)
 def create_model(
     variant: str,
     num_classes: int = 150,

@@ -316,12 +316,25 @@ def test_sees_every_change_of_parameters():
 
 def test_sees_changes_of_what_was_made_in_inference_mode():
     with torch.inference_mode():
-        model = make_model()
+        model = copy.deepcopy(make_model())
+        assert all(parameter.is_inference() for parameter in model.parameters())
 
         def in_place():
             model.encoder.blocks[1].mlp.fc2.weight[7, 11] += 1
 
         assert changed_by(model, in_place)
+
+
+def test_models_made_in_inference_mode_can_be_trained(tmp_path):
+    """And their changes are counted, so that no call has to look at all of their parameters."""
+    with torch.inference_mode():
+        made = make_model()
+        made.save_pretrained(tmp_path)
+        loaded = SegmenterModel.from_pretrained(tmp_path)
+    for model in (made, loaded):
+        assert not any(parameter.is_inference() for parameter in model.parameters())
+        model(images_of(1, 32, 32)).sum().backward()
+        assert model.encoder.pos_embed.grad is not None
 
 
 def test_packs_once(monkeypatch):
