@@ -119,6 +119,14 @@ def tradeoff(
     num_classes: NumClassesOption = None,
     scene_size: SceneSizeOption = None,
     data_seed: DataSeedOption = 0,
+    peers: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Other architectures as points: peers.json, as 'pytest benchmarks/bench_peers.py "
+            "--benchmark-only --save-results' writes it on this machine.",
+        ),
+    ] = None,
     limit: Annotated[
         int, typer.Option(min=0, help="Measure mIoU on so many images at most; 0 is all.")
     ] = 0,
@@ -151,6 +159,7 @@ def tradeoff(
         --dataset camvid --root camvid --output tradeoff
     """  # noqa: D301
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     data = None
@@ -172,6 +181,7 @@ def tradeoff(
     import torch
 
     from segmenter_fast import tradeoff as work
+    from segmenter_fast.figures import tradeoff_figure
 
     if counts[0] != 1 or list(counts) != sorted(set(counts)):
         raise _usage("--batches", f"must rise from 1, got {batches}")
@@ -194,18 +204,6 @@ def tradeoff(
         tasks += _measured(weights, data, (chosen, backend.value), kinds, limit)
     if not tasks:
         raise _usage("--variants", "nothing to measure")
-
-    with console.status("") as status:
-        speeds = work.measure(
-            tasks,
-            chosen,
-            backend.value,
-            passes,
-            counts,
-            seconds,
-            lambda text: status.update(text),
-        )
-    rows = work.rows_of(tasks, speeds)
     gpu = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else None
     machine = {
         "device": gpu or _cpu_name(),
@@ -214,31 +212,54 @@ def tradeoff(
         "torch": torch.__version__,
         "segmenter_fast": _version_of("segmenter_fast"),
     }
+    others = []
+    if peers is not None:
+        if (size, num_model_classes) != (512, 150):
+            raise _usage("--peers", "were timed at --size 512 and --classes 150, and so must ours")
+        try:
+            others = work.peer_rows(peers, machine["device"], machine["threads"])
+        except ValueError as error:
+            raise _usage("--peers", str(error)) from error
+
+    output.mkdir(parents=True, exist_ok=True)  # not after minutes, if it cannot be made
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        timed = bar.add_task("", total=passes * len(tasks))
+        speeds = work.measure(
+            tasks,
+            chosen,
+            backend.value,
+            passes,
+            counts,
+            seconds,
+            lambda text: bar.update(timed, description=text, advance=1),
+        )
+    rows = work.rows_of(tasks, speeds) + others
     title = machine["device"] + (f", {machine['threads']} threads" if not gpu else "")
-    figures = [output / "tradeoff.png", output / "tradeoff.svg"]
-    drawn = True
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        work.draw(rows, title, *figures)
-    except ImportError as error:
-        typer.echo(f"no figure: {error}", err=True)
-        drawn = False
-    except ValueError as error:  # no row has both
-        typer.echo(f"no figure: {error}", err=True)
-        drawn = False
-    picture = ["![images per second against mIoU](tradeoff.png)", ""] if drawn else []
-    heading = "\n".join(
-        [
-            f"# Images per second against mIoU: {title}",
+    heading = [
+        f"# Images per second against mIoU: {title}",
+        "",
+        "Made by `segmenter-fast tradeoff`. Images per second: images to label maps, batch 1, "
+        "random weights, medians over passes; parts are shares of that time by PyTorch's "
+        "profiler. mIoU: as the last column says; that of published and small models is of "
+        "float32.",
+    ]
+    if others:
+        heading += [
             "",
-            "Made by `segmenter-fast tradeoff`. Images per second: images to label maps, batch 1, "
-            "random weights, medians over passes; parts are shares of that time by PyTorch's "
-            "profiler. mIoU: as the last column says; that of published and small models is of "
-            "float32.",
-            "",
-            *picture,
+            "Other architectures are timed by `benchmarks/bench_peers.py` in the same way, by "
+            "PyTorch, eager or compiled, whichever is quicker. Recipes differ from source to "
+            "source: their mIoU is for orientation.",
         ]
-    )
-    work.write_tables(output, rows, machine, heading.rstrip("\n"))
+    # The figure last: what was measured is kept, whatever becomes of it.
+    work.write_tables(output, rows, machine, "\n".join(heading))
+    try:
+        for name in ("tradeoff.png", "tradeoff.svg"):
+            tradeoff_figure(output / name, rows, title)
+    except (ImportError, ValueError) as error:  # no matplotlib, or no row has both
+        typer.echo(f"no figure: {error}", err=True)
+    else:
+        picture = ["", "![images per second against mIoU](tradeoff.png)"]
+        work.write_tables(output, rows, machine, "\n".join(heading + picture))
     typer.echo("\n".join(work.table(rows)))
     typer.echo(f"written to {output}")

@@ -1,4 +1,4 @@
-"""Pictures of the analyses: attention over a picture, attended area, class embeddings, comparisons.
+"""Pictures of the analyses: attention, attended area, class embeddings, comparisons, trade-off.
 
 What lies on pictures is drawn by Pillow, and diagrams by matplotlib, which is the `plot` extra and
 is imported by the functions that need it.
@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -252,17 +253,24 @@ def require_matplotlib() -> None:
 
 def _figure(width: float, height: float):
     """A matplotlib figure of so many inches, and its axes in the style of the house."""
+    figure, [axes] = _figures(width, height, 1)
+    return figure, axes
+
+
+def _figures(width: float, height: float, columns: int):
+    """The same with several axes, side by side."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT_INK)
-    axes.tick_params(colors=_FAINT_INK, labelcolor=_INK, labelsize=9)
-    axes.grid(color=_RULE, linewidth=0.6)
-    axes.set_axisbelow(True)
-    return figure, axes
+    row = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_FAINT_INK)
+        axes.tick_params(colors=_FAINT_INK, labelcolor=_INK, labelsize=9)
+        axes.grid(color=_RULE, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, row
 
 
 def _save(figure, path: str | os.PathLike) -> None:
@@ -351,12 +359,120 @@ def class_embedding_figure(
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.14)
     axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
-    _name_points(figure, axes, x, y, class_names, 9 if count <= 40 else 6.5)
+    names = [name.split(",")[0] for name in class_names]
+    _name_points(figure, axes, x, y, names, 9 if count <= 40 else 6.5)
     _save(figure, path)
 
 
+# A patch's colour, a precision's line and a decoder's marker.
+_PATCH_COLOURS = {8: "#1b7837", 16: "#2166ac", 32: "#b2182b"}
+_OTHER_COLOUR = "#7f7f7f"
+_PRECISION_LINES = {"float32": "-", "bfloat16": (0, (5, 2)), "float16": ":", "int8": (0, (1, 1.5))}
+_DECODER_MARKERS = {"mask": "o", "linear": "s", "": "D"}
+
+
+def tradeoff_figure(path: str | os.PathLike, rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Draw images per second (logarithmic) against mIoU: a curve for each patch size.
+
+    Each decoder and precision has a curve of its own. Other architectures are points.
+
+    Args:
+        path: .png, .svg or .pdf to write.
+        rows: of `tradeoff.rows_of` and `tradeoff.peer_rows`; those without a speed or an mIoU are
+            left out.
+        title: above the figure.
+
+    Raises:
+        ImportError: matplotlib is missing.  ValueError: no row has both, or an unknown suffix.
+    """
+    rows = [row for row in rows if row["images_per_second"] and row["miou"] is not None]
+    if not rows:
+        raise ValueError("nothing to draw: no row has both images per second and an mIoU")
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure, columns = _figures(6.4 * len(datasets), 5.4, len(datasets))
+    figure.suptitle(title, fontsize=10.5, color=_INK, x=0.01, ha="left")
+    for axes, dataset in zip(columns, datasets, strict=True):
+        _draw_tradeoff(axes, [row for row in rows if row["dataset"] == dataset])
+    figure.legend(
+        handles=_tradeoff_legend(rows), loc="outside lower center", ncols=6, frameon=False,
+        fontsize=8.5,
+    )  # fmt: skip
+    for axes, dataset in zip(columns, datasets, strict=True):
+        mine = [row for row in rows if row["dataset"] == dataset]
+        # A model's name stands once, at its slowest precision.
+        named: dict[str, dict[str, Any]] = {}
+        for row in sorted(mine, key=lambda row: row["images_per_second"]):
+            named.setdefault(row["model"], row)
+        _name_points(
+            figure,
+            axes,
+            np.array([row["images_per_second"] for row in mine]),
+            np.array([row["miou"] for row in mine]),
+            [row["model"] if named[row["model"]] is row else "" for row in mine],
+            6.5,
+        )
+    _save(figure, path)
+
+
+def _draw_tradeoff(axes, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    groups = dict.fromkeys((r["patch"], r["decoder"], r["precision"]) for r in rows)
+    for patch, decoder, precision in groups:
+        points = sorted(
+            (r["images_per_second"], r["miou"])
+            for r in rows
+            if (r["patch"], r["decoder"], r["precision"]) == (patch, decoder, precision)
+        )
+        axes.plot(
+            *zip(*points, strict=True),
+            ls=_PRECISION_LINES[precision] if decoder else "",
+            lw=1.2,
+            color=_PATCH_COLOURS.get(patch, _OTHER_COLOUR),
+            marker=_DECODER_MARKERS[decoder],
+            markersize=4.5,
+            zorder=3 if decoder else 2,
+        )
+    kinds = ", ".join(dict.fromkeys(row["kind"] for row in rows))
+    axes.set_xscale("log")
+    axes.set_xlabel("images per second, batch 1", color=_INK)
+    axes.set_ylabel(f"mIoU on {rows[0]['dataset']} ({kinds})", color=_INK)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(0.1)
+
+
+def _tradeoff_legend(rows: Sequence[dict[str, Any]]) -> list:
+    from matplotlib.lines import Line2D
+
+    ours = [row for row in rows if row["decoder"]]
+    handles = [
+        Line2D(
+            [], [], color=_PATCH_COLOURS.get(patch, _OTHER_COLOUR), lw=2.5, label=f"patch {patch}"
+        )
+        for patch in sorted({row["patch"] for row in ours})
+    ]
+    handles += [
+        Line2D([], [], color=_INK, ls="", marker=_DECODER_MARKERS[decoder], label=label)
+        for decoder, label in (("mask", "mask transformer"), ("linear", "linear decoder"))
+        if any(row["decoder"] == decoder for row in ours)
+    ]
+    handles += [
+        Line2D([], [], color=_INK, lw=1.2, ls=line, label=precision)
+        for precision, line in _PRECISION_LINES.items()
+        if any(row["precision"] == precision for row in ours)
+    ]
+    if len(ours) < len(rows):
+        others = ", ".join(dict.fromkeys(r["precision"] for r in rows if not r["decoder"]))
+        label = f"other architectures, {others}"
+        marker = _DECODER_MARKERS[""]
+        handles.append(Line2D([], [], color=_OTHER_COLOUR, ls="", marker=marker, label=label))
+    return handles
+
+
 def _name_points(figure, axes, x, y, names: Sequence[str], size: float) -> None:
-    """Put each name beside its point where it covers no other name and no point."""
+    """Put each name beside its point where it covers no other name and no point; "" is no name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.draw_without_rendering()
@@ -369,8 +485,10 @@ def _name_points(figure, axes, x, y, names: Sequence[str], size: float) -> None:
     dot = 1.1 * size
     taken = [(px - dot / 2, py - dot / 2, px + dot / 2, py + dot / 2) for px, py in places]
     for i, name in enumerate(names):
+        if not name:
+            continue
         text = axes.annotate(
-            name.split(",")[0], (x[i], y[i]), (0, 0), textcoords="offset points", fontsize=size,
+            name, (x[i], y[i]), (0, 0), textcoords="offset points", fontsize=size,
             color=_INK, ha="center", va="center", zorder=4,
         )  # fmt: skip
         extent = text.get_window_extent(renderer)

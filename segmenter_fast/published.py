@@ -1,5 +1,8 @@
 """Published accuracy of Segmenter and its peers, each figure with its source.
 
+Recipes differ from source to source, MMSegmentation's own Segmenters too: points of two sources are
+for orientation, and no ranking of architectures.
+
 Speeds that others publish are not here: hardware, batch and protocol differ from table to table.
 """
 
@@ -7,6 +10,8 @@ from typing import NamedTuple
 
 OFFICIAL = "official README"
 PAPER = "Strudel et al. 2021"
+MMSEG = "MMSegmentation"
+"""Its own trainings at 512 x 512 for 160,000 iterations; tables in configs/*/README.md there."""
 
 
 class Published(NamedTuple):
@@ -39,6 +44,18 @@ PUBLISHED = (
     Published("Seg-B/32", "ade20k", 43.07, None, PAPER),
     Published("Seg-B/16", "ade20k", 48.06, None, PAPER),
     Published("Seg-L/16", "ade20k", 50.71, None, PAPER),
+    # Other architectures, by the names that benchmarks/bench_peers.py has for them.
+    Published("DeepLabv3+ ResNet-101, stride 8", "ade20k", 45.47, 46.35, MMSEG),
+    Published("SETR-PUP ViT-L", "ade20k", 48.24, 49.99, MMSEG),
+    Published("UPerNet Swin-T", "ade20k", 44.41, None, MMSEG),
+    Published("UPerNet Swin-S", "ade20k", 47.72, None, MMSEG),
+    Published("UPerNet Swin-B", "ade20k", 50.31, None, f"{MMSEG}, pretrained on ImageNet-22k"),
+    Published("SegFormer B0", "ade20k", 37.41, 38.34, MMSEG),
+    Published("SegFormer B1", "ade20k", 40.97, 42.54, MMSEG),
+    Published("SegFormer B2", "ade20k", 45.58, 47.03, MMSEG),
+    Published("SegFormer B3", "ade20k", 47.82, 48.81, MMSEG),
+    Published("SegFormer B4", "ade20k", 48.46, 49.76, MMSEG),
+    Published("SegFormer B5", "ade20k", 49.13, 50.22, MMSEG),
     Published("Seg-L-Mask/16", "pascal_context", 58.1, 59.0, OFFICIAL),
     Published("Seg-L-Mask/16", "cityscapes", 79.1, 81.3, OFFICIAL),
 )

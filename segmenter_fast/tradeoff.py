@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -151,6 +150,7 @@ def weights_task(
     return Task(source, config, precision, miou, kind, protocol, dataset)
 
 
+@torch.inference_mode(False)  # as `create_model` makes its parameters
 def _random_model(task: Task, device: torch.device, backend: str):
     """A model of the architecture; its values are small, and cheap to draw.
 
@@ -380,6 +380,67 @@ def rows_of(tasks: Sequence[Task], speeds: Sequence[Speed]) -> list[dict[str, An
     return rows
 
 
+def peer_rows(path: Path, device: str, threads: int | None) -> list[dict[str, Any]]:
+    """Rows of other architectures, as `benchmarks/bench_peers.py` timed them, eager or compiled.
+
+    Args:
+        path: peers.json, which `pytest benchmarks/bench_peers.py --benchmark-only --save-results`
+            writes.
+        device, threads: where the others were timed: the name of a processor and so many threads,
+            or the name of a GPU and None.
+
+    Returns:
+        Rows with the columns of `COLUMNS`, one for each architecture that ran.
+
+    Raises:
+        ValueError: no such file, or one of another machine.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        machine, cases = stored["machine"], stored["cases"]
+        theirs = (machine["gpu"], None) if machine["gpu"] else (machine["cpu"], machine["threads"])
+        best: dict[str, dict[str, Any]] = {}
+        for case in cases.values():
+            ran = [row for row in case if row["peer"] and row["ms"] and row["images"]]
+            if ran:
+                best[case[0]["contestant"]] = min(ran, key=lambda row: row["ms"])
+        speeds = {name: 1e3 * row["images"] / row["ms"] for name, row in best.items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (json.JSONDecodeError, AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not what `pytest benchmarks/bench_peers.py --benchmark-only "
+            f"--save-results` writes: {error!r}"
+        ) from error
+    if theirs != (device, threads):
+        raise ValueError(
+            f"{path} was measured on {_machine_name(*theirs)}, and this is "
+            f"{_machine_name(device, threads)}: speeds of two machines cannot be compared"
+        )
+    rows = []
+    for name, speed in speeds.items():
+        known = published(name)
+        row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(PARTS)
+        rows.append(
+            row
+            | {
+                "model": name,
+                "precision": "float32",
+                "size": "512 x 512",
+                "images_per_second": speed,
+                "miou": known and known.miou,
+                "dataset": known.dataset if known else "",
+                "kind": "published" if known else "",
+                "source": known.source if known else "",
+            }
+        )
+    return rows
+
+
+def _machine_name(device: str, threads: int | None) -> str:
+    return device if threads is None else f"{device} with {threads} threads"
+
+
 def _rate(value: float | None) -> str:
     """Three digits."""
     if value is None:
@@ -396,8 +457,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["reason"]:
             cells = [f"not run: {row['reason']}", "", *[""] * len(PARTS)]
         else:
-            best = f"{_rate(row['best_images_per_second'])} at {row['best_batch']}"
-            cells = [_rate(row["images_per_second"]), best]
+            best = row["best_images_per_second"]
+            cells = [_rate(row["images_per_second"])]
+            cells += [f"{_rate(best)} at {row['best_batch']}" if best else ""]
             cells += ["" if row[p] is None else f"{100 * row[p]:.0f} %" for p in PARTS]
         miou = "" if row["miou"] is None else f"{row['miou']:.1f}"
         source = f"{row['dataset']}, {row['kind']} ({row['source']})" if miou else ""
@@ -423,66 +485,3 @@ def write_tables(
     for name, content in contents.items():
         with replacing(output / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
-
-
-def draw(rows: Sequence[dict[str, Any]], title: str, *paths: str | os.PathLike) -> None:
-    """Images per second (logarithmic) against mIoU, one curve for each patch size.
-
-    Args:
-        rows: of `rows_of`; those without a speed or an mIoU are left out.
-        title: of the figure.
-        paths: .png or .svg files to write.
-
-    Raises:
-        ImportError: matplotlib is missing.  ValueError: no row has both.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
-    except ImportError as error:
-        raise ImportError(
-            "the figure is drawn by matplotlib: pip install 'segmenter_fast[plot]'"
-        ) from error
-    rows = [row for row in rows if row["images_per_second"] and row["miou"] is not None]
-    if not rows:
-        raise ValueError("nothing to draw: no row has both images per second and an mIoU")
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    figure = Figure(figsize=(6.4 * len(datasets), 4.8), layout="constrained")
-    styles = {"float32": "-", "bfloat16": "--", "float16": ":", "int8": "-."}
-    for axes, dataset in zip(
-        figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True
-    ):
-        mine = [row for row in rows if row["dataset"] == dataset]
-        groups = dict.fromkeys((r["patch"], r["decoder"], r["precision"]) for r in mine)
-        for patch, decoder, precision in groups:
-            points = sorted(
-                (r["images_per_second"], r["miou"], r["model"])
-                for r in mine
-                if (r["patch"], r["decoder"], r["precision"]) == (patch, decoder, precision)
-            )
-            axes.plot(
-                [p[0] for p in points],
-                [p[1] for p in points],
-                styles[precision],
-                color={8: "#1b7837", 16: "#2166ac", 32: "#b2182b"}.get(patch, "#555555"),
-                marker="o" if decoder == "mask" else "s",
-                markersize=5,
-                label=f"patch {patch}, {decoder}, {precision}",
-            )
-            for x, y, name in points:
-                axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=7)
-        kinds = ", ".join(dict.fromkeys(row["kind"] for row in mine))
-        axes.set(
-            xscale="log",
-            xlabel="images per second, batch 1",
-            ylabel=f"mIoU on {dataset} ({kinds})",
-        )
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.margins(0.15)
-        axes.grid(alpha=0.3, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7)
-    figure.suptitle(title)
-    for path in paths:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format=Path(path).suffix[1:], dpi=120)

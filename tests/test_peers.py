@@ -13,7 +13,7 @@ from segmenter_fast import create_model, reference
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 MODULES = ("harness", "records", "peers.deeplab", "peers.setr", "peers.hugging_face")
-MODULES += ("peers.engines",)
+MODULES += ("peers.engines", "bench_model", "bench_peers")
 K = 5
 
 
@@ -274,6 +274,15 @@ def test_absent_engines_keep_their_rows(modules, tiny, monkeypatch, package):
     prepare = modules["harness"].Prepared(build)
     (row,) = modules["harness"].compare({"engine": prepare})
     assert row.not_run == f'needs {package}: pip install "segmenter_fast[bench]"'
+
+
+def test_published_figures_have_the_names_of_the_benchmark(modules):
+    """`segmenter-fast tradeoff --peers` finds the accuracy of an architecture by its name."""
+    from segmenter_fast.published import PUBLISHED
+    from segmenter_fast.variants import VARIANTS
+
+    others = {row.model for row in PUBLISHED} - set(VARIANTS)
+    assert len(others) > 8 and others <= set(modules["bench_peers"].ARCHITECTURES)
 
 
 @pytest.mark.parametrize("peer", ["SegFormer", "UPerNetSwin"])

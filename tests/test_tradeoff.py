@@ -15,14 +15,15 @@ from segmenter_fast import create_model, tradeoff
 from segmenter_fast.cli import app
 from segmenter_fast.data import Scenes
 from segmenter_fast.evaluate import evaluate
+from segmenter_fast.figures import tradeoff_figure
 from segmenter_fast.published import PUBLISHED, published
 from segmenter_fast.tradeoff import (
     COLUMNS,
     PARTS,
     Speed,
-    draw,
     measure,
     part_of,
+    peer_rows,
     published_tasks,
     rows_of,
     small_tasks,
@@ -42,9 +43,11 @@ def test_variants_are_the_papers():
 
 
 def test_published_figures_are_of_known_models():
+    """Those of other architectures are looked at in test_peers.py."""
     assert len({(row.model, row.dataset) for row in PUBLISHED}) == len(PUBLISHED)
     for row in PUBLISHED:
-        assert row.model in VARIANTS and 20 < row.miou < 100 and row.source
+        assert row.model in VARIANTS or "MMSegmentation" in row.source
+        assert 20 < row.miou < 100 and row.source
         assert row.miou_multiscale is None or row.miou < row.miou_multiscale < row.miou + 5
     assert published("Seg-B-Mask/16").miou == 48.5
     assert published("Seg-T/8") is None
@@ -161,12 +164,68 @@ def test_table_and_columns():
 def test_figure(tmp_path):
     pytest.importorskip("matplotlib")
     rows = rows_of(*zip(*ROWS, strict=True))
-    draw(rows, "a machine", tmp_path / "a.png", tmp_path / "a.svg")
+    for name in ("a.png", "a.svg"):
+        tradeoff_figure(tmp_path / name, rows, "a machine")
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > 500
     assert "Seg-B-Mask/16" in (tmp_path / "a.svg").read_text()
     with pytest.raises(ValueError, match="nothing to draw"):
-        draw(rows[2:], "a machine", tmp_path / "b.png")
+        tradeoff_figure(tmp_path / "b.png", rows[2:], "a machine")
+
+
+def test_figure_names_a_model_once_and_other_architectures_too(tmp_path):
+    pytest.importorskip("matplotlib")
+    tasks = [toy("Seg-T-Mask/16", precision, 38.1) for precision in ("float32", "int8")]
+    rows = rows_of(tasks, [ROWS[0][1], ROWS[1][1]])
+    tradeoff_figure(tmp_path / "ours.svg", rows, "a machine")
+    assert (tmp_path / "ours.svg").read_text().count("<!-- Seg-T-Mask/16 -->") == 1
+    assert "other architectures" not in (tmp_path / "ours.svg").read_text()
+    rows += peer_rows(peers_file(tmp_path), "a processor", 2)
+    tradeoff_figure(tmp_path / "all.svg", rows, "a machine")
+    drawn = (tmp_path / "all.svg").read_text()
+    assert "<!-- SegFormer B0 -->" in drawn and "<!-- other architectures, float32 -->" in drawn
+    assert "My network" not in drawn  # nobody has published its mIoU
+
+
+def peers_file(folder: Path, gpu: str | None = None, threads: int = 2) -> Path:
+    """What bench_peers.py writes, as far as it is read."""
+
+    def row(contestant, ms, peer=True):
+        return {"contestant": contestant, "ms": ms, "peer": peer, "images": 1}
+
+    ours = row("Seg-T-Mask/16, segmenter_fast", 1.0, peer=False)
+    cases = {
+        "a": [row("SegFormer B0", 20.0), row("the same, torch.compile", 10.0), ours],
+        "b": [row("My network", 4.0), row("the same, torch.compile", None), ours],
+        "c": [row("SegFormer B1", None), row("the same, torch.compile", None), ours],
+    }
+    machine = {"cpu": "a processor", "threads": threads, "gpu": gpu}
+    path = folder / "peers.json"
+    path.write_text(json.dumps({"machine": machine, "cases": cases}))
+    return path
+
+
+def test_peers_are_rows_at_their_best(tmp_path):
+    first, second = peer_rows(peers_file(tmp_path), "a processor", 2)
+    assert tuple(first) == COLUMNS
+    assert (first["model"], first["images_per_second"]) == ("SegFormer B0", 100.0)
+    assert (first["miou"], first["kind"]) == (published("SegFormer B0").miou, "published")
+    assert (second["images_per_second"], second["miou"], second["source"]) == (250.0, None, "")
+    assert "| SegFormer B0 | float32 | 100 |  |" in table([first, second])[2]
+    assert len(peer_rows(peers_file(tmp_path, gpu="a GPU"), "a GPU", None)) == 2
+
+
+def test_peers_of_another_machine_or_none(tmp_path):
+    for device, threads in (("another", 2), ("a processor", 4), ("a processor", None)):
+        with pytest.raises(ValueError, match="on a processor with 2 threads, and this is"):
+            peer_rows(peers_file(tmp_path), device, threads)
+    bad = tmp_path / "bad.json"
+    for text in ("{", "[]", '{"machine": {}}', '{"machine": {"gpu": 1}, "cases": {"a": [{}]}}'):
+        bad.write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.json is not what `pytest"):
+            peer_rows(bad, "a processor", 2)
+    with pytest.raises(ValueError, match=r"none\.json cannot be read"):
+        peer_rows(tmp_path / "none.json", "a processor", 2)
 
 
 def run(*words, status=0):
@@ -228,6 +287,8 @@ def test_weights_are_measured(tmp_path):
         (("--batches", "2,4"), "must rise from 1"),
         (("--variants", "none", "--no-small"), "nothing to measure"),
         (("--weights", "street"), "--dataset"),
+        (("--peers", "none.json"), "cannot be read"),
+        (("--peers", "none.json", "--size", "64"), "--size 512"),
     ],
 )
 def test_bad_input(tmp_path, words, message):
