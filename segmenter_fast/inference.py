@@ -27,8 +27,10 @@ from segmenter_fast.ops.windows import (
     window_probabilities_reference,
 )
 
-MAX_ENLARGED_PIXELS = 1 << 28
-"""An image that must grow past this before a window fits is refused: 3 GiB as network input."""
+MAX_ENLARGED_PIXELS = 1 << 25
+MAX_ENLARGEMENT = 16
+"""An image that would be enlarged past so many pixels, and to more than so many times its own, is
+refused: a strip of 1 x 300 would be cut into thousands of windows."""
 
 
 def _network_input(model: nn.Module, image) -> tuple[Tensor, bool]:
@@ -95,6 +97,16 @@ def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
+def _check_enlarged(size: tuple[int, int], target: tuple[int, int], why: str) -> None:
+    """ValueError if an image of `size` would be enlarged out of all proportion."""
+    pixels = math.prod(target)
+    if pixels > MAX_ENLARGED_PIXELS and pixels > MAX_ENLARGEMENT * math.prod(size):
+        raise ValueError(
+            f"an image of {size[0]} x {size[1]} would have to be enlarged to {target[0]} x "
+            f"{target[1]} {why}"
+        )
+
+
 def rescaled_size(
     size: tuple[int, int], short_side: float, long_side: float | None = None
 ) -> tuple[int, int]:
@@ -122,6 +134,12 @@ def _scaled(
         scaled = rescaled_size(size, short, long) if 0 not in (short, long) else (0, 0)
     if 0 in scaled:
         raise ValueError(f"scale {scale} leaves no pixels of an image of {height} x {width}")
+    if short_side is None:
+        _check_enlarged(size, scaled, f"at scale {scale:g}; use a smaller scale")
+    else:
+        at = "" if scale == 1 else f" at scale {scale:g}"
+        why = f"for a shorter side of {short_side}{at}; use a smaller short_side or "
+        _check_enlarged(size, scaled, why + 'short_side="original"')
     if short_side is None or not antialias or scaled == size:
         return _resize(image, scaled)
     # A photograph is often shrunk tenfold here, and every pixel should count. Training crops are
@@ -182,11 +200,8 @@ def _enlarge(image: Tensor, window: int) -> Tensor:
         size = (window, int(width / height * window))
     else:
         size = (int(height / width * window), window)
-    if size[0] * size[1] > MAX_ENLARGED_PIXELS:
-        raise ValueError(
-            f"an image of {height} x {width} would have to be enlarged to {size[0]} x {size[1]} "
-            f'before a window of {window} fits; use a smaller window_size or window_size="whole"'
-        )
+    why = f'before a window of {window} fits; use a smaller window_size or window_size="whole"'
+    _check_enlarged((height, width), size, why)
     return _resize(image, size)
 
 
@@ -203,13 +218,19 @@ def _positive(name: str, value, words: Sequence[str] = ()) -> None:
 
 def _windows(config, window_size, window_stride) -> tuple[int | None, int | None]:
     """(size, stride) in pixels, or (None, None) for the whole image at once."""
+    own = getattr(config, "window_size", None)
     if window_size is None:
-        window_size = getattr(config, "window_size", None)
-        if window_stride is None:
-            window_stride = getattr(config, "window_stride", None)
+        window_size = own
     if window_size is None or window_size == "whole":
+        if window_stride is not None:
+            raise ValueError(
+                f"window_stride {window_stride} needs windows, but the network sees the whole "
+                "image at once; give a window_size, too, or leave the stride out"
+            )
         return None, None
     _positive("window_size", window_size, ("whole",))
+    if window_stride is None and window_size == own:
+        window_stride = getattr(config, "window_stride", None)
     if window_stride is None:
         window_stride = window_size
     _positive("window_stride", window_stride)
@@ -335,7 +356,7 @@ def predict(
         window_size: side of a window in pixels; "whole" for one window that is the image. An image
             whose shorter side is less is enlarged to it.
         window_stride: pixels between windows, at most `window_size`. None is the config's if the
-            window is the config's too, and otherwise `window_size`: windows side by side.
+            window has the config's size, and otherwise `window_size`: windows side by side.
         scales: factors by which the image, or `short_side` and `long_side`, are multiplied, each
             giving one view.
         flip: adds the mirror image of each view.

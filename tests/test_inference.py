@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from segmenter_fast import SegmenterConfig, SegmenterModel, predict
+from segmenter_fast import inference as inference_module
 from segmenter_fast.images import load_image
 from segmenter_fast.variants import create_model_from_config
 
@@ -165,6 +166,10 @@ def test_defaults_come_from_the_config(model, picture):
     assert torch.equal(
         predict(model, picture), predict(model, picture, window_size=32, window_stride=20)
     )
+    # A size that is the config's has the config's stride, given or not.
+    _, own = predict(model, picture, return_probabilities="all")
+    _, given = predict(model, picture, window_size=32, return_probabilities="all")
+    assert torch.equal(own, given)
     # A window of one's own does not take the stride of another: it stands side by side.
     _, side_by_side = predict(model, picture, window_size=16, return_probabilities="all")
     _, explicit = predict(
@@ -322,6 +327,7 @@ def test_rejects_bad_images(tiny, image, error, message):
         ({"window_size": True}, TypeError, "window_size must be a positive int"),
         ({"window_size": 32, "window_stride": 33}, ValueError, "33 is larger than window_size 32"),
         ({"window_stride": 40}, ValueError, "40 is larger than window_size 32"),
+        ({"window_size": "whole", "window_stride": 8}, ValueError, "8 needs windows"),
         ({"window_stride": 0}, ValueError, "window_stride must be a positive int"),
         ({"scales": ()}, ValueError, "scales is empty"),
         ({"scales": 1.0}, TypeError, "scales must be a sequence"),
@@ -361,6 +367,29 @@ def test_rejects_bad_models(model, picture):
 def test_rejects_an_image_that_would_grow_without_bound(tiny):
     with pytest.raises(ValueError, match='window_size="whole"'):
         predict(tiny, torch.zeros(3, 1, 300_000))
+    # The shorter side and the scales grow an image, too.
+    for options, message in (
+        (
+            {"short_side": 360},
+            r"1 x 4000 .* to 360 x 1440000 for a shorter side of 360; .*original",
+        ),
+        ({"short_side": 90, "scales": (4.0,)}, r"360 x 1440000 for a shorter .* 90 at scale 4;"),
+        ({"scales": (300.0,)}, r"1 x 4000 .* to 300 x 1200000 at scale 300; use a smaller scale"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predict(tiny, torch.zeros(3, 1, 4000), window_size="whole", **options)
+    with pytest.raises(ValueError, match="1 x 300 would have to be enlarged to 360 x 108000"):
+        predict(tiny, torch.zeros(3, 1, 300), short_side=360)
+
+
+def test_large_images_may_grow(monkeypatch):
+    """What is refused is out of proportion, not merely large."""
+    monkeypatch.setattr(inference_module, "MAX_ENLARGED_PIXELS", 1000)
+    image = torch.zeros(1, 3, 40, 60)
+    assert inference_module._scaled(image, 2.0, None, None, True).shape[2:] == (80, 120)
+    assert inference_module._scaled(image, 1.0, 160, None, True).shape[2:] == (160, 240)
+    with pytest.raises(ValueError, match="enlarged to 164 x 246"):
+        inference_module._scaled(image, 1.0, 164, None, True)
 
 
 def test_rejects_bad_files(tiny, picture, tmp_path):
