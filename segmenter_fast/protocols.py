@@ -52,7 +52,7 @@ class Protocol(NamedTuple):
 
     Args:
         name: "train", "eval" or "weights".
-        changed: options that differ from those of that name.
+        changed: options of windows and size whose values differ from those of that name.
         window_size, window_stride: in pixels; "whole" and None for whole images.
         scales, flip: views that are averaged.
         short_side, long_side: pixels, as `predict` takes them.
@@ -109,7 +109,8 @@ def protocol(
     share of the window, in "eval" it is the window less 32 pixels. The shorter side is the
     dataset's; in "train" that which the weights were trained with, where they were trained on this
     dataset. Datasets without an entry in `OFFICIAL` take the weights' shorter side, and windows
-    side by side in "train". "weights" has the windows and the size that `predict` defaults to.
+    side by side in "train". "weights" has the windows and the size that `predict` defaults to; its
+    stride goes with its window, and other windows lie side by side.
 
     Args:
         config: of the weights.
@@ -120,7 +121,8 @@ def protocol(
         scales, flip: as in `predict`.
 
     Raises:
-        ValueError: an unknown name, or a window that 32 pixels of overlap leave no stride.
+        ValueError: an unknown name, a window that 32 pixels of overlap leave no stride, or a
+            stride for whole images.
 
     Source: official segm/train.py and segm/eval/miou.py, with segm/config.yml.
     """
@@ -128,43 +130,59 @@ def protocol(
         name = "eval" if dataset in OFFICIAL else "weights"
     if name not in NAMES:
         raise ValueError(f"protocol must be one of {', '.join(NAMES)}; got {name!r}")
-    given = {"window_size": window_size, "window_stride": window_stride, "short_side": short_side}
-    changed = tuple(option for option, value in given.items() if value is not None)
     official = OFFICIAL.get(dataset or "") if name != "weights" else None
 
+    own_size = (config.window_size or "whole") if name == "weights" else min(config.image_size)
+    own_stride = _stride(config, name, official, own_size)
     if window_size is None:
-        window_size = config.window_size if name == "weights" else min(config.image_size)
-        if name == "weights" and window_stride is None:
-            window_stride = config.window_stride
-    if window_size in (None, "whole"):
-        window_size, window_stride = "whole", None
+        window_size = own_size
+    if window_size == "whole":
+        if window_stride is not None:
+            raise ValueError(
+                f"a window stride of {window_stride} needs windows, but the network sees whole "
+                "images: give a window size, too, or leave the stride out"
+            )
     elif window_stride is None:
-        window_stride = window_size
-        if name == "eval":
-            window_stride = window_size - OVERLAP
-            if window_stride < 1:
-                raise ValueError(
-                    f"protocol 'eval' has windows that overlap by {OVERLAP} pixels, and these "
-                    f"weights have windows of {window_size}: give a window stride"
-                )
-        elif official is not None:
-            window_stride = int(window_size * official.stride)
+        window_stride = _stride(config, name, official, window_size)
+        if window_stride < 1:
+            raise ValueError(
+                f"protocol 'eval' has windows that overlap by {OVERLAP} pixels, too many for "
+                f"windows of {window_size}: give a window stride"
+            )
 
     long_side = None
+    own_side = config.short_side
+    if official and not (own_side and name == "train" and config.dataset == dataset):
+        own_side = official.short_side
+    own_side = own_side or "original"
     if short_side is None:
-        short_side = config.short_side
-        if official and not (short_side and name == "train" and config.dataset == dataset):
-            short_side = official.short_side
+        short_side = own_side
+    differ = {
+        "window_size": window_size != own_size,
+        "window_stride": window_stride not in (None, own_stride),
+        "short_side": short_side != own_side,
+    }
     if official is not None and isinstance(short_side, int):
         long_side = official.max_ratio * short_side
     return Protocol(
         name,
-        changed,
+        tuple(option for option, other in differ.items() if other),
         window_size,
         window_stride,
         tuple(scales),
         bool(flip),
-        short_side or "original",
+        short_side,
         long_side,
         name == "weights",
     )
+
+
+def _stride(config: SegmenterConfig, name: str, official: Validation | None, size) -> int | None:
+    """The stride of a protocol for windows of `size`; None for whole images."""
+    if size == "whole":
+        return None
+    if name == "eval":
+        return size - OVERLAP
+    if name == "weights" and size == config.window_size:
+        return config.window_stride or size
+    return size if official is None else int(size * official.stride)

@@ -61,7 +61,7 @@ def test_the_weights_own():
     own = config((64, 64), window_size=64, window_stride=24, short_side=80)
     used = protocol(own, "weights", "ade20k")
     assert used[2:4] + used[6:8] == (64, 24, 80, None) and used.antialias
-    whole = protocol(config((64, 64)), "weights", "camvid", window_stride=3)
+    whole = protocol(config((64, 64)), "weights", "camvid")
     assert whole[2:4] == ("whole", None) and whole.short_side == "original"
     assert protocol(own, dataset="camvid").name == protocol(own).name == "weights"
     for dataset in ("ade20k", "cityscapes", "pascal_context"):
@@ -71,11 +71,11 @@ def test_the_weights_own():
 def test_changes_are_named():
     plain = config((512, 512))
     used = protocol(plain, "eval", "ade20k", window_size=300, scales=MULTISCALE, flip=True)
-    assert used[2:4] == (300, 268) and used.changed == ("window_size",)
+    assert used[2:4] == (300, 268) and used.changed == ("window_size", "window_stride")
     assert str(used) == (
-        "eval (as in official stand-alone evaluation but for window_size): windows of 300 pixels "
-        "every 268, scales 0.5 0.75 1 1.25 1.5 1.75, with mirror images, shorter side 512 pixels, "
-        "longer at most 2048"
+        "eval (as in official stand-alone evaluation but for window_size, window_stride): windows "
+        "of 300 pixels every 268, scales 0.5 0.75 1 1.25 1.5 1.75, with mirror images, shorter "
+        "side 512 pixels, longer at most 2048"
     )
     used = protocol(plain, "train", "cityscapes", window_stride=99, short_side=100)
     assert used.window_stride == 99 and (used.short_side, used.long_side) == (100, 200)
@@ -86,12 +86,35 @@ def test_changes_are_named():
     )
 
 
+def test_values_of_the_protocol_change_nothing():
+    """Given or not: an option is changed if its value is another, and the stride goes with it."""
+    own = config((64, 64), window_size=64, window_stride=24, short_side=80)
+    plain = protocol(own, "weights")
+    same = {"window_size": 64, "window_stride": 24, "short_side": 80}
+    assert protocol(own, "weights", **same) == plain
+    assert protocol(own, "weights", window_size=64) == plain
+    other = protocol(own, "weights", window_size=48)
+    assert other[2:4] == (48, 48) and other.changed == ("window_size", "window_stride")
+    assert protocol(own, "weights", window_size=48, window_stride=24).changed == ("window_size",)
+    assert protocol(own, "weights", window_size="whole").changed == ("window_size",)
+    whole = config((64, 64))
+    given = {"window_size": "whole", "short_side": "original"}
+    assert protocol(whole, "weights", **given) == protocol(whole, "weights")
+    large = config((512, 512))
+    given = {"window_size": 512, "window_stride": 480, "short_side": 512}
+    assert protocol(large, "eval", "ade20k", **given) == protocol(large, "eval", "ade20k")
+
+
 def test_bad_protocols():
     with pytest.raises(ValueError, match="one of train, eval, weights; got 'paper'"):
         protocol(CONFIG, "paper")
     with pytest.raises(ValueError, match=r"overlap by 32 pixels.*windows of 32: give a window"):
         protocol(config((32, 32)), "eval")
     assert protocol(config((32, 32)), "eval", window_stride=16).window_stride == 16
+    with pytest.raises(ValueError, match="stride of 3 needs windows"):
+        protocol(config((64, 64)), "weights", window_stride=3)
+    with pytest.raises(ValueError, match="stride of 3 needs windows"):
+        protocol(CONFIG, "eval", "ade20k", window_size="whole", window_stride=3)
 
 
 # Worked out by hand: (H, W) of a picture, bounds (short, long), (H, W) of what the network sees.
