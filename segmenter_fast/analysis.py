@@ -25,6 +25,9 @@ from segmenter_fast.model import SegmenterModel, whole_patches
 from segmenter_fast.ops.attention import attention_weights
 from segmenter_fast.visualize import default_palette
 
+MAX_PATCHES = 1 << 16
+"""A view of more patches is refused: attention takes time with the square of their number."""
+
 
 def whole_view(model: SegmenterModel, image, short_side: int | str | None = None) -> Tensor:
     """A picture as the network sees it when one window holds it all.
@@ -41,11 +44,21 @@ def whole_view(model: SegmenterModel, image, short_side: int | str | None = None
         (1, 3, h, w), normalised, on the model's device in its dtype.
 
     Raises:
-        ValueError, TypeError, FileNotFoundError: see `predict`.
+        ValueError: more than `MAX_PATCHES` patches, or as `predict`.
+        TypeError, FileNotFoundError: see `predict`.
     """
     if short_side is None and not (isinstance(image, Tensor) and image.is_floating_point()):
         short_side = getattr(model.config, "window_size", None)
-    return network_input(model, image, short_side)[0]
+    view, (height, width) = network_input(model, image, short_side)
+    seen = tuple(view.shape[2:])
+    patches = math.prod(whole_patches(seen, model.patch_size))
+    if patches > MAX_PATCHES:
+        raise ValueError(
+            f"an image of {height} x {width}, seen at {seen[0]} x {seen[1]} pixels, has "
+            f"{patches:,} patches of {model.patch_size}, and at most {MAX_PATCHES:,} are analysed: "
+            "use a smaller short_side (--short-side)"
+        )
+    return view
 
 
 class PatchGrid(NamedTuple):

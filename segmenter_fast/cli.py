@@ -13,10 +13,11 @@ import functools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -143,8 +144,9 @@ WindowStrideOption = Annotated[
     typer.Option(
         min=1,
         metavar="PIXELS",
-        help="Step of the sliding window, at most its size. Unless given, the weights' own; in "
-        "'evaluate' the protocol's.",
+        help="Step of the sliding window, at most its size. Unless given, the weights' own, or "
+        "with another --window-size that size: windows side by side. In 'evaluate' the protocol's, "
+        "which in 'eval' and 'train' goes with the size.",
     ),
 ]
 ShortSideOption = Annotated[
@@ -164,7 +166,7 @@ ScalesOption = Annotated[
     ),
 ]
 FlipOption = Annotated[
-    bool, typer.Option("--flip/--no-flip", help="Average with the mirror image.")
+    bool | None, typer.Option("--flip/--no-flip", help="Average with the mirror image.")
 ]
 WindowBatchOption = Annotated[
     int, typer.Option("--batch-size", min=1, help="Windows per forward pass.")
@@ -199,21 +201,35 @@ DataSeedOption = Annotated[
 # --- Errors --------------------------------------------------------------------------------------
 
 
+# What the RuntimeError has that PyTorch raises where the CPU's memory ends.
+NO_MEMORY = "DefaultCPUAllocator: "
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY in str(error)
+
+
 def _is_expected(error: Exception) -> bool:
     """Whether an error is about what was asked for, not a fault of this program."""
     if isinstance(error, BrokenPipeError):  # `segmenter-fast zoo | head`: typer ends quietly
         return False
-    if isinstance(error, ValueError | OSError | ArithmeticError | MemoryError):
+    if isinstance(error, ValueError | OSError | ArithmeticError) or _is_out_of_memory(error):
         return True
     kind = type(error)
     # BackendError, CheckpointError and DownloadError; importing them here would import torch.
-    return kind.__module__.startswith("segmenter_fast.") or kind.__name__ == "OutOfMemoryError"
+    return kind.__module__.startswith("segmenter_fast.")
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _is_out_of_memory(error):
         detail = (str(error).splitlines() or [""])[0]
-        return f"out of memory: try a smaller --batch-size, or smaller windows. {detail}".rstrip()
+        detail = detail.rsplit(NO_MEMORY, 1)[-1]
+        return (
+            "out of memory: try a smaller --batch-size, smaller windows or a smaller "
+            f"--short-side. {detail}"
+        ).rstrip()
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     text = str(error) or type(error).__name__
@@ -246,8 +262,8 @@ def _usage(option: str, text: str) -> typer.BadParameter:
 
 
 def _numbers(option: str, text: str, kind: type, expected: str) -> list:
-    """Numbers apart by commas, blanks or an x."""
-    parts = text.lower().replace(",", " ").replace("x", " ").split()
+    """Numbers with a comma, an x or blanks between two of them."""
+    parts = re.split(r"\s*[,x]\s*|\s+", text.strip().lower())
     try:
         return [kind(part) for part in parts]
     except ValueError:
@@ -260,7 +276,7 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
         return None
     expected = "one number or H,W in pixels, such as 512 or 144,176"
     values = _numbers(option, text, int, expected)
-    if len(values) not in (1, 2) or min(values) < 1:
+    if len(values) > 2 or min(values) < 1:
         raise _usage(option, f"expected {expected}, got {text!r}")
     return (values[0], values[-1])
 
@@ -286,19 +302,21 @@ def _protocol(
     window_stride: int | None,
     short_side: str | None,
     scales: str,
-    flip: bool,
+    flip: bool | None,
     batch_size: int,
 ) -> dict[str, Any]:
     """The options of `segmenter_fast.predict` from those of the command line."""
     factors = _numbers("--scales", scales, float, "numbers such as 0.5,1.0")
-    if not factors or not all(0 < factor < float("inf") for factor in factors):
+    if not all(0 < factor < float("inf") for factor in factors):
         raise _usage("--scales", f"expected positive numbers such as 0.5,1.0, got {scales!r}")
+    if window_size == "whole" and window_stride is not None:
+        raise _usage("--window-stride", "is of windows, but --window-size whole has none")
     return {
         "window_size": _pixels_or("--window-size", "whole", window_size),
         "window_stride": window_stride,
         "short_side": _pixels_or("--short-side", "original", short_side),
         "scales": tuple(factors),
-        "flip": flip,
+        "flip": bool(flip),
         "batch_size": batch_size,
     }
 
@@ -341,6 +359,57 @@ def _prepare(device: str, backend: Backend, threads: int | None, launch=None):
         raise ValueError("no device 'mps': PyTorch does not see an Apple GPU here")
     resolve_backend(backend.value, chosen)
     return chosen
+
+
+def _typed(ctx: typer.Context) -> set[str]:
+    """Names of the options on the command line itself: no defaults, nothing from a recipe."""
+    source = ctx.get_parameter_source
+    return {name for name in ctx.params if getattr(source(name), "name", "") == "COMMANDLINE"}
+
+
+def _check_output(
+    option: str,
+    path: Path,
+    inputs: Sequence[Path] = (),
+    known: Collection[str] | None = None,
+) -> Path:
+    """The path, unless it cannot be written, its suffix is not `known`, or it is an input."""
+    from segmenter_fast.files import check_writable
+
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {path} is a folder; give the name of a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option}: no such folder: {path.parent}")
+    if any(path.resolve() == given.resolve() for given in inputs):
+        raise ValueError(f"{option} {path} is an input and would be overwritten")
+    if known is not None and path.suffix.lower() not in known:
+        raise ValueError(
+            f"{option}: no picture format is known for {path.name!r}; name it like 'name.png'"
+        )
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise type(error)(f"{option}: {path} cannot be written: {error.strerror}") from error
+    return path
+
+
+def _check_folder(option: str, path: Path) -> None:
+    """Raise OSError unless files can be written into a folder that is there or will be made."""
+    from segmenter_fast.files import check_writable
+
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    try:
+        check_writable(there / "written")
+    except OSError as error:
+        raise type(error)(f"{option}: cannot write into {there}: {error.strerror}") from error
+
+
+def _image_suffixes() -> set[str]:
+    """Suffixes of the pictures that Pillow can write."""
+    from PIL import Image
+
+    Image.init()
+    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.SAVE}
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -580,13 +649,15 @@ class Job(NamedTuple):
         return [path for path in (self.labels, self.overlay) if path is not None]
 
 
-def _pictures_in(folder: Path, recursive: bool, output: Path) -> list[tuple[Path, Path]]:
-    """Pictures of a folder, each with the sub-folder that it lies in; earlier results left out."""
+def _pictures_in(
+    folder: Path, recursive: bool, output: Path | None = None
+) -> list[tuple[Path, Path]]:
+    """Pictures of a folder, each with the sub-folder that it lies in; without those in `output`."""
     from segmenter_fast.images import IMAGE_SUFFIXES
 
     entries = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    output = output.resolve()
-    inside = recursive and output != folder.resolve()
+    output = None if output is None else output.resolve()
+    inside = recursive and output not in (None, folder.resolve())
     found = [
         (path, path.parent.relative_to(folder))
         for path in entries
@@ -700,6 +771,7 @@ def predict(
         raise _usage("--suffix", f"expected part of a file name, got {suffix!r}")
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"--output {output} is a file, not a folder")
+    _check_folder("--output", output)
     jobs = _jobs(inputs, output, recursive, suffix, overlay)
     if not any(job.source.exists() for job in jobs):
         raise FileNotFoundError(f"no such file or folder: {_some(job.source for job in jobs)}")
@@ -807,6 +879,13 @@ def _read_classes(source: str) -> Classes:
     return Classes(names)
 
 
+# Options that only one kind of dataset reads.
+OPTIONS_OF = {
+    DatasetKind.folder: ("class_names", "num_classes", "ignore_index"),
+    DatasetKind.scenes: ("scene_size", "data_seed", "count", "val_count"),
+}
+
+
 class Data(NamedTuple):
     """What the data options say; `split` makes a dataset of it."""
 
@@ -818,10 +897,24 @@ class Data(NamedTuple):
     scene_size: tuple[int, int] | None
     data_seed: int
 
-    def check(self) -> None:
-        """Raise a usage error for options that do not go together."""
+    def check(self, typed: Collection[str] | None = None) -> None:
+        """Raise a usage error for options that do not go together.
+
+        `typed` names the options of the command line: what a recipe has for other data is no
+        mistake. Unless given, they are those that are not None but for the numbers with a default.
+        """
         if self.kind != DatasetKind.scenes and self.root is None:
             raise _usage("--root", f"--dataset {self.kind.value} needs the folder of the data")
+        if typed is None:
+            optional = ("class_names", "num_classes", "scene_size")
+            typed = [name for name in optional if getattr(self, name) is not None]
+        for kind, names in OPTIONS_OF.items():
+            for name in names:
+                if name in typed and kind != self.kind:
+                    raise _usage(
+                        f"--{name.replace('_', '-')}",
+                        f"is for --dataset {kind.value}, and --dataset {self.kind.value} was given",
+                    )
 
     def classes(self, known: Classes | None) -> Classes:
         """Classes of a folder: as told, from ROOT/classes.txt, or those of the weights."""
@@ -1029,14 +1122,10 @@ def _check_recipe(output: Path, params: dict[str, Any]) -> None:
 def _run_length(ctx: typer.Context, steps: int | None, epochs: float | None) -> tuple:
     """(steps, epochs), one of them None; the command line's wins over a recipe's."""
     if steps is not None and epochs is not None:
-        typed = [
-            name
-            for name in ("steps", "epochs")
-            if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-        ]
+        typed = _typed(ctx) & {"steps", "epochs"}
         if len(typed) != 1:
             raise _usage("--steps", "give --steps or --epochs, not both")
-        return (steps, None) if typed == ["steps"] else (None, epochs)
+        return (steps, None) if typed == {"steps"} else (None, epochs)
     return steps, epochs
 
 
@@ -1315,7 +1404,10 @@ def train(
         _size("--scene-size", scene_size),
         data_seed,
     )
-    data.check()
+    typed = _typed(ctx)
+    data.check(typed)
+    if window_size == "whole" and "window_stride" in typed:
+        raise _usage("--window-stride", "is of windows, but --window-size whole has none")
     if model is None and init is None:
         raise _usage("--model", "give a --model such as Seg-T-Mask/16, or weights to --init from")
     if model is not None and patch_size is not None:
@@ -1451,6 +1543,7 @@ def plot(
     \b
     segmenter-fast plot runs/mine runs/other -o curves.png
     """  # noqa: D301
+    _check_output("--output", output)
     from segmenter_fast.runlog import plot_runs
 
     try:
@@ -1466,6 +1559,7 @@ def plot(
 @app.command()
 @_reported
 def evaluate(
+    ctx: typer.Context,
     weights: WeightsOption,
     dataset: Annotated[
         DatasetKind,
@@ -1489,12 +1583,16 @@ def evaluate(
         ),
     ] = None,
     multiscale: Annotated[
-        bool, typer.Option("--multiscale", help="The paper's six scales, with mirror images.")
+        bool,
+        typer.Option(
+            "--multiscale",
+            help="The paper's six scales, with mirror images unless --no-flip is given.",
+        ),
     ] = False,
     window_size: WindowSizeOption = None,
     window_stride: WindowStrideOption = None,
     scales: ScalesOption = "1.0",
-    flip: FlipOption = False,
+    flip: FlipOption = None,
     short_side: ShortSideOption = None,
     batch_size: WindowBatchOption = 4,
     limit: Annotated[
@@ -1552,8 +1650,11 @@ def evaluate(
     torchrun --nproc-per-node 4 -m segmenter_fast.evaluate --weights Seg-L-Mask/16 \\
         --dataset ade20k --root ade20k --protocol train
     """  # noqa: D301
-    if multiscale and scales != "1.0":
+    typed = _typed(ctx)
+    if multiscale and "scales" in typed:
         raise _usage("--multiscale", f"names its own scales, but --scales is {scales!r}")
+    if multiscale and flip is None:
+        flip = True
     options = _protocol(window_size, window_stride, short_side, scales, flip, batch_size)
     areas = None
     if object_areas != "none":
@@ -1570,9 +1671,9 @@ def evaluate(
         _size("--scene-size", scene_size),
         data_seed,
     )
-    data.check()
-    if json_file is not None and not json_file.parent.is_dir():
-        raise FileNotFoundError(f"--json: no such folder: {json_file.parent}")
+    data.check(typed)
+    if json_file is not None:
+        _check_output("--json", json_file)
 
     from segmenter_fast import distributed
     from segmenter_fast.data.folder import spread
@@ -1592,6 +1693,7 @@ def evaluate(
             )
         if submission.exists() and (not submission.is_dir() or any(submission.iterdir())):
             raise ValueError(f"--submission: {submission} is there already and is no empty folder")
+        _check_folder("--submission", submission)
     launch = distributed.launched()
     chosen = _prepare(device, backend, threads, launch)
     if launch is not None:
@@ -1604,7 +1706,7 @@ def evaluate(
         )
     config = model.config
     if multiscale:
-        options |= {"scales": MULTISCALE, "flip": True}
+        options["scales"] = MULTISCALE
     batch_size = options.pop("batch_size")
     used = resolve(config, protocol and protocol.value, dataset.name, **options)
     samples = data.split(split, count, config.image_size, _classes_of(config))
@@ -1837,6 +1939,7 @@ def demo(
     beside the fast path.
     """
     pixels = _size("--size", size)
+    _check_output("--output", output, known=_image_suffixes())
     _prepare("cpu", backend, threads)
     from segmenter_fast.demo import run_demo
 
@@ -2010,6 +2113,8 @@ def kernels(
     memory than there is, or if a kernel does not compile. What Triton has
     compiled before comes from its cache.
     """  # noqa: D301
+    if output is not None:
+        _check_output("--output", output)
     if os.environ.get("TRITON_INTERPRET"):
         words = [f"--arch={text}" for text in archs or ()]
         words += [f"--dtype={dtype.value}" for dtype in dtypes or ()]

@@ -27,13 +27,16 @@ from segmenter_fast.cli import (
     SceneSizeOption,
     ThreadsOption,
     WeightsOption,
+    _check_output,
     _classes_of,
+    _image_suffixes,
     _numbers,
     _pictures_in,
     _pixels_or,
     _prepare,
     _reported,
     _size,
+    _typed,
     _usage,
     _write_text,
     app,
@@ -73,13 +76,20 @@ ViewOption = Annotated[
 ]
 
 
-def _check_output(option: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
-    """The path, unless its folder is missing or it would replace an input."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option}: no such folder: {path.parent}")
-    if any(path.resolve() == given.resolve() for given in inputs):
-        raise ValueError(f"{option} {path} is an input and would be overwritten")
-    return path
+def _check_json(path: Path | None, output: Path, inputs: Sequence[Path] = ()) -> None:
+    """As `_check_output`, for the numbers of a picture `output`."""
+    if path is None:
+        return
+    if path.resolve() == output.resolve():
+        raise ValueError(f"--json and --output are both {path}: give two files")
+    _check_output("--json", path, inputs)
+
+
+def _figure_suffixes() -> set[str]:
+    """Suffixes of the figures that matplotlib can write."""
+    from matplotlib.figure import Figure
+
+    return {f".{kind}" for kind in Figure().canvas.get_supported_filetypes()}
 
 
 @contextlib.contextmanager
@@ -177,15 +187,22 @@ def attention(
         if len(pixel) != 2:
             raise _usage("--patch", f"expected two numbers X,Y, got {patch!r}")
     side = _pixels_or("--short-side", "original", short_side)
+
+    from segmenter_fast.images import load_image
+
+    picture = load_image(image)
+    # Its name beside the picture depends on the weights; whether it can be written does not.
+    suffixes = _image_suffixes()
+    _check_output(
+        "--output", output or image.with_name(f"{image.stem}.attention.png"), [image], suffixes
+    )
     chosen = _prepare(device, backend, threads)
 
     from segmenter_fast.analysis import PatchGrid, attention_rows, check_mask_decoder, whole_view
     from segmenter_fast.figures import attention_page
-    from segmenter_fast.images import load_image
     from segmenter_fast.model import SegmenterModel
     from segmenter_fast.visualize import save_image
 
-    picture = load_image(image)
     model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
     names = _classes_of(model.config).names
     if decoder:
@@ -231,7 +248,7 @@ def attention(
     depth = layer % (model.decoder if decoder else model.encoder).n_layers
     if output is None:
         output = image.with_name(f"{image.stem}.attention-{part}-{depth}-{what}.png")
-    _check_output("--output", output, [image])
+        _check_output("--output", output, [image], suffixes)
     title = f"{weights}, {part} layer {depth}: attention from the {source}"
     if decoder and cls:
         title = f"{weights}, {part} layer {depth}: attention from {source}; shares of the picture"
@@ -246,6 +263,7 @@ def attention(
 @app.command("attended-area", rich_help_panel=HELP_PANEL)
 @_reported
 def attended_area(
+    ctx: typer.Context,
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -269,6 +287,9 @@ def attended_area(
     scene_size: SceneSizeOption = None,
     data_seed: DataSeedOption = 0,
     short_side: ViewOption = None,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Look into sub-folders of a folder.")
+    ] = False,
     output: Annotated[
         Path,
         typer.Option(
@@ -303,13 +324,14 @@ def attended_area(
         raise _usage("--output", f"expected a figure such as name.png, got {output}")
     if dataset is not None:
         data = Data(dataset, root, class_names, num_classes, 255, size, data_seed)
-        data.check()
+        data.check(_typed(ctx))
     pictures = []
     for given in inputs or ():
-        found = _pictures_in(given, False, Path()) if given.is_dir() else [(given, Path())]
+        found = _pictures_in(given, recursive) if given.is_dir() else [(given, Path())]
         pictures += [path for path, _ in found]
-    for path in (output, numbers):
-        _check_output("--output", path, pictures)
+    with _needs_plot_extra():
+        _check_output("--output", output, pictures, _figure_suffixes())
+    _check_output("--output", numbers, pictures)
     chosen = _prepare(device, backend, threads)
 
     with _needs_plot_extra():
@@ -322,7 +344,9 @@ def attended_area(
             whole_view,
         )
         from segmenter_fast.data.folder import spread
+        from segmenter_fast.evaluate import picture_of
         from segmenter_fast.figures import attended_area_figure
+        from segmenter_fast.images import load_image
         from segmenter_fast.model import SegmenterModel, whole_patches
 
     model = SegmenterModel.from_pretrained(weights, backend=backend.value, device=chosen)
@@ -336,8 +360,13 @@ def attended_area(
 
     def views():
         for index in tqdm(range(len(samples)), desc="attended area", unit="image"):
-            sample = samples[index]
-            view = whole_view(model, sample if dataset is None else sample[0], side)
+            # The picture alone: a label map is not looked at, and may be missing or damaged.
+            file = samples[index] if dataset is None else picture_of(samples, index)
+            image = samples[index][0] if file is None else load_image(file)
+            try:
+                view = whole_view(model, image, side)
+            except ValueError as error:
+                raise ValueError(f"{file or f'image {index}'}: {error}") from error
             sizes.append(tuple(view.shape[2:]))
             yield view
 
@@ -411,9 +440,9 @@ def class_embeddings(
     """  # noqa: D301
     side = _pixels_or("--short-side", "original", short_side)
     inputs = [] if image is None else [image]
-    _check_output("--output", output, inputs)
-    if json_file is not None:
-        _check_output("--json", json_file, [*inputs, output])
+    with _needs_plot_extra():
+        _check_output("--output", output, inputs, _figure_suffixes())
+    _check_json(json_file, output, inputs)
     chosen = _prepare(device, backend, threads)
 
     with _needs_plot_extra():
@@ -482,10 +511,13 @@ def compare(
     chosen_weights = [*(weights or ()), *(more or ())]
     if len(chosen_weights) < 2:
         raise _usage("--weights", f"give two weights at least, got {len(chosen_weights)}")
+
+    from segmenter_fast.images import load_image
+
+    picture = load_image(image)
     output = output or image.with_name(f"{image.stem}.compare.png")
-    _check_output("--output", output, [image])
-    if json_file is not None:
-        _check_output("--json", json_file, [image, output])
+    _check_output("--output", output, [image], _image_suffixes())
+    _check_json(json_file, output, [image])
     chosen = _prepare(device, backend, threads)
 
     from rich.console import Console
@@ -495,11 +527,9 @@ def compare(
     from segmenter_fast import predict
     from segmenter_fast.analysis import compare_labels
     from segmenter_fast.figures import comparison_page
-    from segmenter_fast.images import load_image
     from segmenter_fast.model import SegmenterModel
     from segmenter_fast.visualize import save_image
 
-    picture = load_image(image)
     labels, configs = [], []
     for name in chosen_weights:
         model = SegmenterModel.from_pretrained(name, backend=backend.value, device=chosen)

@@ -14,6 +14,7 @@ from triton_cases import DEVICE, on_device
 from typer.testing import CliRunner
 
 from segmenter_fast import SegmenterModel, predict, reference
+from segmenter_fast import analysis as analysis_module
 from segmenter_fast.analysis import (
     PatchGrid,
     _attention_distances,
@@ -294,6 +295,19 @@ def test_whole_view_is_what_predict_shows_in_one_window():
     assert torch.equal(model.labels(view)[0], labels)
     with pytest.raises(ValueError, match="short_side must be a positive int"):
         whole_view(model, image, 0)
+
+
+def test_whole_view_refuses_too_many_patches(monkeypatch):
+    """Before the network sees them: its time grows with the square of their number."""
+    model = tiny()
+    monkeypatch.setattr(analysis_module, "MAX_PATCHES", 24)
+    assert whole_view(model, photo()).shape[2:] == (32, 45)  # 4 x 6 patches
+    with pytest.raises(
+        ValueError, match=r"40 x 56, seen at 40 x 56 pixels, has 35 patches of 8.*--s"
+    ):
+        whole_view(model, photo(), "original")
+    with pytest.raises(ValueError, match=r"at most 24 are analysed: use a smaller short_side"):
+        whole_view(model, images())
 
 
 def test_patch_grid_of_a_view_that_is_not_whole_patches():
@@ -613,6 +627,7 @@ def test_attention_shows_the_rows_that_were_asked_for(here, monkeypatch):
         (["--cls", "--short-side", "0"], 2, "expected a number of pixels or 'original'"),
         (["--cls", "--output", "pictures/0.png"], 1, "is an input and would be overwritten"),
         (["--cls", "--output", "none/a.png"], 1, "no such folder: none"),
+        (["--cls", "--output", "."], 1, "--output: . is a folder; give the name of a file"),
         (["--cls", "--output", "a.xyz"], 1, "no picture format is known"),
         (["--cls", "--decoder", "-w", "linear"], 1, "DecoderLinear has neither attention"),
     ],
@@ -620,6 +635,51 @@ def test_attention_shows_the_rows_that_were_asked_for(here, monkeypatch):
 def test_attention_says_what_is_wrong(here, words, status, message):
     text = run("attention", "pictures/0.png", "-w", "mine", *words, status=status)
     assert message in text, text
+
+
+LONG = f"{'a' * 246}.png"  # a folder takes it, but not the longer name of a temporary file
+COMMANDS = {
+    "attention": ["pictures/0.png", "--cls", "-w", "mine"],
+    "attended-area": ["pictures", "-w", "mine"],
+    "class-embeddings": ["-w", "mine"],
+    "compare": ["pictures/0.png", "-w", "mine", "other"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_cannot_be_written_is_found_out_first(here, name, monkeypatch):
+    """Before weights are read, and by the name that was asked for."""
+
+    def read(*args, **options):
+        raise AssertionError("weights were read")
+
+    Path("a.png").mkdir()
+    Path("f").touch()
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(SegmenterModel, "from_pretrained", read)
+    for output, message in (
+        ("a.png", "--output: a.png is a folder"),
+        ("a.xyz", "--output: no picture format is known for 'a.xyz'; name it like 'name.png'"),
+        ("f/a.png", "--output: no such folder: f"),
+        (LONG, f"--output: {LONG} cannot be written: File name too long"),
+    ):
+        text = run(name, *COMMANDS[name], "--output", output, status=1)
+        assert f"error: {message}" in text and ".tmp" not in text
+    if name in ("class-embeddings", "compare"):
+        text = run(name, *COMMANDS[name], "-o", "b.png", "--json", "a.png", status=1)
+        assert "error: --json: a.png is a folder" in text
+        text = run(name, *COMMANDS[name], "-o", "b.png", "--json", "./b.png", status=1)
+        assert "error: --json and --output are both b.png: give two files" in text
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_long_thin_pictures_are_refused(here):
+    """What would be tens of thousands of patches and more is no wait, and no traceback."""
+    photo("pictures/thin.png", 1, 6000)
+    message = "1 x 6000, seen at 32 x 192000 pixels, has 96,000 patches"
+    for words in (["attention", "pictures/thin.png", "--cls"], ["attended-area", "pictures"]):
+        assert message in run(*words, "-w", "mine", status=1)
+    assert "thin.png: an image of" in run("attended-area", "pictures", "-w", "mine", status=1)
 
 
 def test_unreadable_pictures_are_named(here):
@@ -650,6 +710,29 @@ def test_attended_area_of_pictures(here):
     assert content["uniform"] == pytest.approx(uniform) and content["images"] == 2
     assert content["sizes"] == [[32, 37], [32, 45]] and f"{uniform:.1f}" in text
     assert Image.open("area.png").width > 500
+
+
+def test_attended_area_of_sub_folders(here, monkeypatch):
+    Path("years/2024").mkdir(parents=True)
+    text = run("attended-area", "years", "-w", "mine", status=1)
+    assert "no pictures" in text and "--recursive looks into sub-folders" in text
+    photo("years/2024/a.png")
+    run("attended-area", "years", "-w", "mine", "--recursive")
+    assert json.loads(Path("attended_area.json").read_text())["images"] == 1
+    # Where the command runs is no earlier result.
+    monkeypatch.chdir("years/2024")
+    run("attended-area", "..", "-w", "../../mine", "--recursive", "-o", "../../b.svg")
+
+
+def test_attended_area_does_not_read_label_maps(here):
+    for part in ("images", "annotations"):
+        Path(f"data/{part}/val").mkdir(parents=True)
+    photo("data/images/val/a.png")
+    Path("data/annotations/val/a.png").write_bytes(b"no label map")
+    run("attended-area", "--dataset", "camvid", "--root", "data", "-w", "mine", "--limit", 1)
+    assert json.loads(Path("attended_area.json").read_text())["sizes"] == [[32, 45]]
+    text = run("attended-area", "--dataset", "camvid", "--root", "data", "--data-seed", 1, status=2)
+    assert "is for --dataset scenes" in text
 
 
 def test_attended_area_of_a_dataset(here):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,12 @@ from typer.testing import CliRunner
 
 import segmenter_fast
 from segmenter_fast import SegmenterModel, create_model, predict
+from segmenter_fast import cli as cli_module
 from segmenter_fast import train as train_module
 from segmenter_fast import zoo as zoo_module
 from segmenter_fast.cli import app
 from segmenter_fast.data import Scenes
+from segmenter_fast.files import replacing
 from segmenter_fast.train import TrainOptions
 
 NAMES = ("grass", "roof [red]", "sky")
@@ -149,6 +152,12 @@ def test_usage_errors_end_with_2(weights):
         ["train", *TOY, "-o", "run", "--image-size", "1,2,3"],
         ["train", *TOY, "-o", "run", "--steps", 3, "--epochs", 1],
         ["train", *TOY, "-o", "run", "--scale", "0.5"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--scales", "1,"],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--scales", ""],
+        ["predict", "a.png", "-w", weights, "-o", "out", "--scales", "1,,2"],
+        [*"predict a.png -o out --window-size whole --window-stride 8 -w".split(), weights],
+        ["train", *TOY, "-o", "run", "--scale", "0.5,x"],
+        ["train", *TOY, "-o", "run", "--window-size", "whole", "--window-stride", 8],
         ["evaluate", "-w", weights, "--dataset", "camvid"],
         ["nonsense"],
     ):
@@ -173,6 +182,104 @@ def test_expected_failures_are_one_line_and_debug_shows_the_traceback(weights):
         app, ["predict", "missing.png", "-w", weights, "-o", "out", "--debug"]
     )
     assert isinstance(result.exception, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1,2", [1, 2]), (" 1 2 ", [1, 2]), ("1x2", [1, 2]), ("1 X 2, 3", [1, 2, 3]), ("7", [7]),
+        *((wrong, None) for wrong in ("1,x", "1,", "x1", "", " ", "1,,2", "1xx2", "1.5", "a")),
+    ],
+)  # fmt: skip
+def test_numbers_are_read_whole(text, values):
+    """What is between two numbers is one sign; what is left over is no number."""
+    if values is not None:
+        assert cli_module._numbers("--n", text, int, "numbers") == values
+        return
+    with pytest.raises(typer.BadParameter, match=re.escape(f"expected numbers, got {text!r}")):
+        cli_module._numbers("--n", text, int, "numbers")
+
+
+def test_memory_that_is_not_there_is_an_expected_error(weights, monkeypatch):
+    """PyTorch has a class for a GPU's memory, and for the CPU's a RuntimeError like any other."""
+
+    def huge(*args, **options):
+        return torch.empty(1 << 50)
+
+    monkeypatch.setattr("segmenter_fast.predict", huge)
+    picture("a.png")
+    text = run("predict", "a.png", "-w", weights, "-o", "out", status=1)
+    assert "error: out of memory: try a smaller --batch-size" in text
+    assert "you tried to allocate" in text and "enforce fail" not in text
+
+
+def test_long_thin_pictures_are_skipped():
+    picture("thin.png", 1, 4000)
+    text = run("predict", "thin.png", "-w", "street", "-o", "out", status=1)
+    assert "skipped: thin.png: an image of 1 x 4000 would have to be enlarged to 360 x 1440" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "kind"),
+    [
+        (["camvid", "--root", ".", "--ignore-index", 255], "--ignore-index", "folder"),
+        (["camvid", "--root", ".", "--num-classes", 3], "--num-classes", "folder"),
+        (["ade20k", "--root", ".", "--class-names", "ade20k"], "--class-names", "folder"),
+        (["camvid", "--root", ".", "--scene-size", "32,48"], "--scene-size", "scenes"),
+        (["folder", "--root", ".", "--data-seed", 0], "--data-seed", "scenes"),
+        (["cityscapes", "--root", ".", "--count", 5], "--count", "scenes"),
+        (["scenes", "--num-classes", 3], "--num-classes", "folder"),
+    ],
+)
+def test_options_of_other_data_are_refused(weights, words, option, kind):
+    for command in (["evaluate", "-w", weights], ["train", "--init", weights, "-o", "run"]):
+        text = run(*command, "--dataset", *words, status=2)
+        assert option in text and f"is for --dataset {kind}" in text
+    assert not Path("run").exists()
+
+
+def test_options_of_other_data_in_a_recipe_are_no_mistake():
+    """A recipe may have them: it holds the defaults of all, and serves for other data."""
+    Path("recipe.yaml").write_text("model: Seg-N/16\nscene-size: [32, 48]\nignore-index: 255\n")
+    root = write_folder_dataset(Path("data"), names=("a", "b", "c"))
+    words = ["--dataset", "folder", "--root", root, "--image-size", 32, "--steps", 1]
+    run("train", "--config", "recipe.yaml", *words, "-o", "run")
+    run("train", "--config", "run/recipe.yaml", "-o", "again")
+
+
+@pytest.mark.parametrize("command", ["demo", "plot", "kernels"])
+def test_pictures_and_pages_that_cannot_be_written(command):
+    """Found out before the work."""
+    Path("a.png").mkdir()
+    words = ["nothing"] if command == "plot" else []
+    text = run(command, *words, "--output", "a.png", status=1)
+    assert "error: --output: a.png is a folder; give the name of a file in it" in text
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write into")
+def test_folders_that_cannot_be_written(weights):
+    picture("a.png")
+    for output in ("/proc", "/proc/none/deep"):
+        text = run("predict", "a.png", "-w", weights, "-o", output, status=1)
+        assert "error: --output: cannot write into /proc: " in text
+    text = run("evaluate", "-w", weights, "--dataset", "scenes", "--json", "/proc/a", status=1)
+    assert "error: --json: /proc/a cannot be written: " in text
+
+
+def test_errors_of_writing_name_the_file_that_was_asked_for():
+    """Not the temporary one beside it, which is gone by then."""
+    Path("folder").mkdir()
+    for path, kind in (("folder", IsADirectoryError), ("none/a.txt", FileNotFoundError)):
+        with pytest.raises(kind) as caught, replacing(path) as temporary:
+            temporary.write_text("a")
+        assert caught.value.filename == path and ".tmp" not in str(caught.value)
+    with pytest.raises(OSError, match="No space left") as caught, replacing("b.txt"):
+        raise OSError(28, "No space left on device")  # as a write says it: without a name
+    assert caught.value.filename == "b.txt"
+    with pytest.raises(FileNotFoundError) as caught, replacing("b.txt"):
+        Path("other").read_text()
+    assert caught.value.filename == "other"
+    assert os.listdir() == ["folder"]
 
 
 def test_a_bug_is_not_dressed_up_as_a_user_error(weights, monkeypatch):

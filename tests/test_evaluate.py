@@ -270,10 +270,52 @@ def test_options_reach_the_prediction(monkeypatch):
     text = run(*words, "--protocol", "train", "--window-stride", 40, "--scales", "1,2")
     assert asked[1] | {"window_stride": 40, "scales": (1.0, 2.0), "flip": False} == asked[1]
     assert "train (as in official training but for window_stride)" in text
-    assert "names its own scales" in run(*words, "--multiscale", "--scales", "1,2", status=2)
+    run(*words, "--multiscale", "--no-flip")
+    assert asked[2]["scales"] == MULTISCALE and asked[2]["flip"] is False
+    run(*words, "--multiscale", "--flip")
+    assert asked[3]["flip"] is True
+    run(*words)
+    assert asked[4]["scales"] == (1.0,) and asked[4]["flip"] is False
+    for scales in ("1,2", "1", "1.0"):
+        text = run(*words, "--multiscale", "--scales", scales, status=2)
+        assert f"names its own scales, but --scales is '{scales}'" in text
+    text = run(*words, "--window-size", "whole", "--window-stride", 3, status=2)
+    assert "--window-size whole has none" in text
     for wrong in ("9,x", "9", "9,4"):
         assert "two numbers of pixels" in run(*words, "--object-areas", wrong, status=2)
     run(*words, "--protocol", "paper", status=2)
+
+
+def test_outputs_that_cannot_be_written_are_found_out_first(monkeypatch):
+    def read(*args, **options):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(SegmenterModel, "from_pretrained", read)
+    Path("folder").mkdir()
+    Path("file").touch()
+    long = "a" * 250  # a folder takes it, but not the longer name of a temporary file
+    for name, message in (
+        ("folder", "--json: folder is a folder; give the name of a file in it"),
+        (".", "--json: . is a folder"),
+        ("none/a.json", "--json: no such folder: none"),
+        ("file/a.json", "--json: no such folder: file"),
+        (long, f"--json: {long} cannot be written: File name too long"),
+    ):
+        text = run("-w", "scenes", "--dataset", "scenes", "--json", name, status=1)
+        assert f"error: {message}" in text and ".tmp" not in text
+    assert sorted(os.listdir()) == ["file", "folder"]
+
+
+def test_long_thin_pictures_are_named():
+    """1 x 300 would be 360 x 108,000 for weights with a shorter side of 360: no long wait."""
+    root = write_ade20k(Path("data"), val=1)
+    picture(root / "images/validation/ADE_val_00000001.jpg", (1, 300))
+    mask = root / "annotations/validation/ADE_val_00000001.png"
+    Image.fromarray(np.ones((1, 300), np.uint8)).save(mask)
+    weights = saved("ade20k", window_size=32, short_side=360)
+    words = ("-w", weights, "--dataset", "ade20k", "--root", root, "--protocol", "weights")
+    text = run(*words, status=1)
+    assert "ADE_val_00000001.jpg: an image of 1 x 300 would have to be enlarged to 360 x" in text
 
 
 def test_all_ignored_is_no_number():
