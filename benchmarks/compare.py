@@ -20,10 +20,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from records import Record, Row, ratio, read
+from records import PACKAGES, Record, Row, ratio, read
 
 STYLES = {"faster": "green", "slower": "red"}
 MACHINE_KEYS = ("cpu", "cores", "threads", "gpu", "torch_simd", "system", "python", "torch")
+MACHINE_KEYS += PACKAGES
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,15 @@ def compare(
     console = Console()
     try:
         before, after = read(old), read(new)
+        if before.benchmark != after.benchmark:
+            raise ValueError(f"two benchmarks: {before.benchmark} and {after.benchmark}")
     except (OSError, ValueError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
-    if before.benchmark != after.benchmark:
-        console.print(f"two benchmarks: {before.benchmark} and {after.benchmark}", style="yellow")
     for key in MACHINE_KEYS:
+        # Older files lack some.
         values = before.machine.get(key), after.machine.get(key)
-        if values[0] != values[1]:
+        if values[0] != values[1] and {key} <= before.machine.keys() & after.machine.keys():
             console.print(f"{key} differs: {values[0]} and {values[1]}", style="yellow")
 
     counts = dict.fromkeys(STYLES, 0)

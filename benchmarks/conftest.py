@@ -1,7 +1,7 @@
 """The `contest` fixture, its options, and the table at the end of a benchmark run."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,8 @@ def contest(
     """`contest(case, contestants, ...)`: `harness.compare`, recorded.
 
     The rows go into the table at the end and, with --save-results, into a file, with the floor of
-    `work`. pytest-benchmark times the last contestant, ours, so that its own reports and
-    comparisons work as well.
+    `work`. With `gpu` a last row says where the GPU's times are. pytest-benchmark times the last
+    contestant, ours, so that its own reports and comparisons work as well.
     """
 
     def run(
@@ -85,8 +85,19 @@ def contest(
         agreement: Callable[[str, Any], float] | None = None,
         images: int | None = None,
         kind: Callable[[str], str] | None = None,
+        yardsticks: Collection[str] = (),
+        gpu: bool = False,
     ) -> list[harness.Row]:
-        rows = harness.compare(contestants, check, rounds, peers, agreement, images, kind)
+        rows = harness.compare(
+            contestants | (harness.gpu_row() if gpu else {}),
+            check,
+            rounds,
+            peers,
+            agreement,
+            images,
+            kind,
+            yardsticks,
+        )
         name = request.path.stem.removeprefix("bench_")
         request.config.stash[RESULTS].setdefault(name, {})[case] = rows
         if work is not None:
@@ -95,8 +106,9 @@ def contest(
         benchmark.extra_info.update(
             {row.contestant: round(row.ratio, 2) for row in rows if row.ratio is not None}
         )
-        if rows[-1].not_run is None:
-            benchmark.pedantic(list(contestants.values())[-1], rounds=min(rounds, 5))
+        last = list(contestants)[-1]
+        if all(row.not_run is None for row in rows if row.contestant == last):
+            benchmark.pedantic(contestants[last], rounds=min(rounds, 5))
         return rows
 
     yield run

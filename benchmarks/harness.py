@@ -2,29 +2,35 @@
 
     rows = compare({"eager": plain, "native": ours}, check=lambda name, result: ...)
 
-Each round times every contestant once, starting with another one each time, so that a change of
-clock or load meets all of them. The first contestants are the peers, the others are ours, and a
-ratio is the median over the rounds of (quickest peer's time / contestant's time): against a peer in
-its best form, and less at the mercy of a busy machine than a time.
+Each round times every contestant once, in an order of its own, so that a change of clock or load
+meets all of them and no one always follows the same neighbour; between two is a pause, in which the
+threads of the one before come to rest. The first contestants are the peers, the others are ours
+unless they are named as yardsticks, and a ratio is the median over the rounds of (quickest peer's
+time / contestant's time): against a peer in its best form, and less at the mercy of a busy machine
+than a time.
 
-Beside the times stands a floor: the least work of the problem over what this machine reaches in a
-matrix product and in a copy, measured in the same run (`ceilings`).
+Beside the times stands a floor: the least work of the problem over the rate of this machine's
+instructions and that of a copy, measured in the same run (`ceilings`).
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
+import random
 import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import RESULTS, Ceilings, Floor, Record, Row, Work, table, write
+from records import PACKAGES, RESULTS, Ceilings, Floor, Record, Row, Work, table, write
 
 __all__ = [
     "Ceilings",
@@ -37,6 +43,8 @@ __all__ = [
     "compare",
     "compiled",
     "floor_of",
+    "gpu_row",
+    "instruction_rate",
     "machine",
     "machine_kind",
     "not_run",
@@ -47,6 +55,11 @@ __all__ = [
 
 MIN_SECONDS = 5e-3
 """A quicker contestant is called several times in a row and its time divided."""
+PAUSE = 0.03
+"""Seconds at most between two contestants; no more than the one before took. OpenMP's threads wait
+for more work a few milliseconds before they sleep, and would take the next one's processors."""
+PEAK_SECONDS = 0.1
+"""How long a rate of the processor is measured, each of a few times."""
 
 
 class NotRun(Exception):
@@ -61,6 +74,7 @@ def compare(
     agreement: Callable[[str, Any], float] | None = None,
     images: int | None = None,
     kind: Callable[[str], str] | None = None,
+    yardsticks: Collection[str] = (),
 ) -> list[Row]:
     """Time contestants against each other.
 
@@ -76,12 +90,14 @@ def compare(
         images: how many a call takes, where it takes whole images.
         kind: called with a contestant's name for what it is one of, such as its precision. All are
             timed in the same rounds, and a ratio is against the quickest peer of the same kind.
+        yardsticks: names of contestants behind the peers that are not ours either.
 
     Returns:
         One row per contestant, in the order given.
 
     Raises:
-        ValueError: fewer contestants than peers, or fewer than one peer or round.
+        ValueError: fewer contestants than peers, fewer than one peer or round, or a yardstick that
+            is a peer or absent.
         Exception: whatever `check` or a contestant raises.
     """
     if not 1 <= peers <= len(contestants) or rounds < 1:
@@ -89,6 +105,9 @@ def compare(
             "need at least one round and between one peer and all contestants, got "
             f"{rounds} rounds, {peers} peers of {len(contestants)} contestants"
         )
+    wrong = set(yardsticks) - set(list(contestants)[peers:])
+    if wrong:
+        raise ValueError(f"need yardsticks among the contestants behind the peers, got {wrong}")
     # What the first call does once (compilation, imports, tables, threads) stays out of the times.
     reasons, devices, agreements = {}, {}, {}
     for name, function in contestants.items():
@@ -117,10 +136,13 @@ def compare(
         repeats = 3 if once < 1 else 1
         peaks[name] = peak_mib(fresh, devices[name], repeats)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        start = i % max(1, len(names))
-        for name in names[start:] + names[:start]:
+    shuffle = random.Random(0).shuffle
+    order = list(names)
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
             seconds[name].append(_seconds(contestants[name], calls[name]))
+            time.sleep(min(PAUSE, calls[name] * seconds[name][-1]))
 
     peer_names = list(contestants)[:peers]
     kind_of = {name: None if kind is None else kind(name) for name in contestants}
@@ -133,7 +155,8 @@ def compare(
     for name in contestants:
         peer = name in peer_names
         if name in reasons:
-            rows.append(Row(name, *[None] * 5, peer=peer, not_run=reasons[name]))
+            absent = Row(name, *[None] * 5, peer=peer, not_run=reasons[name])
+            rows.append(replace(absent, yardstick=name in yardsticks))
             continue
         low, median, high = (1e3 * _quantile(seconds[name], q) for q in (0.2, 0.5, 0.8))
         ratio: list[float | None] = [None] * 3
@@ -155,6 +178,7 @@ def compare(
                 device=devices[name],
                 agreement=agreements.get(name),
                 images=images,
+                yardstick=name in yardsticks,
             )
         )
     return rows
@@ -195,7 +219,11 @@ def _quantile(values: Sequence[float], q: float) -> float:
 
 # ------------------------------------------------------------------------------------- contestants
 def compiled(
-    function: Callable[..., Any], *args: Any, mode: str | None = None, fullgraph: bool = True
+    function: Callable[..., Any],
+    *args: Any,
+    mode: str | None = None,
+    fullgraph: bool = True,
+    freezing: bool = False,
 ) -> Callable[[], Any]:
     """The contestant `torch.compile(function)(*args)`, for static shapes.
 
@@ -212,6 +240,8 @@ def compiled(
             argmax, so only models with such layers profit from it as a second contestant.
         fullgraph: a graph break, or giving up after too many recompilations, makes it not run,
             where it would otherwise quietly be eager PyTorch.
+        freezing: let Inductor take parameters for constants, and pack weights beforehand. Only
+            without gradients; on a CPU "max-autotune" has templates for constant weights alone.
     """
     compiled_function = torch.compile(function, mode=mode, fullgraph=fullgraph, dynamic=False)
     called = False
@@ -221,13 +251,20 @@ def compiled(
         if called:
             return compiled_function(*args)
         try:
-            result = compiled_function(*args)
+            with _freezing() if freezing else contextlib.nullcontext():
+                result = compiled_function(*args)
         except Exception as error:
             raise NotRun(f"{type(error).__name__}: {_first_line(error)}") from error
         called = True
         return result
 
     return contestant
+
+
+def _freezing() -> contextlib.AbstractContextManager[None]:
+    from torch._inductor import config
+
+    return config.patch(freezing=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -267,6 +304,12 @@ def not_run(reason: str) -> Callable[[], Any]:
         raise NotRun(reason)
 
     return contestant
+
+
+def gpu_row() -> dict[str, Callable[[], Any]]:
+    """The row of a CPU's table that stands for the Triton kernels, by its name."""
+    absent = "" if torch.cuda.is_available() else "no CUDA device; "
+    return {"Triton, GPU": not_run(f"{absent}python -m benchmarks.device measures it there")}
 
 
 # ------------------------------------------------------------------------------------- memory
@@ -331,26 +374,65 @@ def _status_kib(field: str) -> int:
 def floor_of(work: Work, rows: Sequence[Row]) -> Floor:
     """The floor on the device that the rows ran on."""
     device = next((row.device for row in reversed(rows) if row.device is not None), "cpu")
-    return Floor(work, ceilings(device), device)
+    return Floor(work, ceilings(device, getattr(torch, work.dtype)), device)
 
 
 def ceilings(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Ceilings:
-    """What the device reaches in a matrix product and in a copy, measured once per process.
+    """What the device reaches in arithmetic and in a copy, measured once per process.
 
-    A matrix product does two FLOP with each fused multiply-add; arithmetic without them, such as
-    comparisons, gets to half of its rate at most. Both figures are the best of a few repeats with
-    as many threads as PyTorch now uses, and take a second or two.
+    Arithmetic is the processor's instructions on registers, and a large matrix product in PyTorch
+    where it is quicker (it may have instructions that the kernels have not) or where nothing tells
+    of them, as on a GPU. Either does two FLOP with each fused multiply-add; arithmetic without
+    them, such as comparisons, gets to half of its rate at most. All figures are the best of a few
+    repeats with as many threads as PyTorch now uses, and take a second or two.
 
     Args:
         device: "cpu" or "cuda".
-        dtype: of the matrices.
+        dtype: of the numbers.
+
+    Raises:
+        ValueError: int8 on a processor that has no instructions for it, or none that tell.
     """
     return _ceilings(device, torch.get_num_threads(), dtype)
 
 
 @functools.cache
 def _ceilings(device: str, threads: int, dtype: torch.dtype) -> Ceilings:
-    return Ceilings(_flop_per_s(device, dtype), _copy_rate(device, threads))
+    kind = str(dtype).removeprefix("torch.")
+    rates = {"instructions": instruction_rate(kind) if device == "cpu" else 0.0}
+    if dtype.is_floating_point:
+        rates["matrix product"] = _flop_per_s(device, dtype)
+    of = max(rates, key=rates.get)
+    if not rates[of]:
+        raise ValueError(f"no rate of {kind} on this device is known")
+    return Ceilings(rates[of], _copy_rate(device, threads), f"{of}, {kind}")
+
+
+def instruction_rate(kind: str) -> float:
+    """Operations per second of the processor's instructions, all operands in registers.
+
+    A multiplication and an addition are two. As many threads as PyTorch now uses; measured once per
+    process.
+
+    Args:
+        kind: "float32", "bfloat16" or "int8".
+
+    Returns:
+        The rate; 0 where there are no such instructions or no compiled module to try them.
+    """
+    return _instruction_rate(kind, torch.get_num_threads())
+
+
+@functools.cache
+def _instruction_rate(kind: str, threads: int) -> float:
+    from segmenter_fast.backend import BackendError, native_module
+
+    try:
+        peak = getattr(native_module(), "peak", None)
+    except BackendError:
+        return 0.0
+    known = peak is not None and kind in ("float32", "bfloat16", "int8")
+    return max(peak(kind, threads, PEAK_SECONDS) for _ in range(3)) if known else 0.0
 
 
 @functools.cache
@@ -439,10 +521,18 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{name: _version(name) for name in PACKAGES},
         "segmenter_fast": getattr(segmenter_fast, "__version__", None),
         "native": native,
         "commit": _commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def machine_kind() -> str:

@@ -14,6 +14,12 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 MEMORY_RESOLUTION_MIB = 0.5
 """Less than this is reported as less than this: the system counts pages roughly, see peak_mib."""
+PACKAGES = ("onnx", "onnxruntime", "openvino", "nncf", "transformers", "triton")
+"""Whose versions `harness.machine` records besides PyTorch's."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class Row:
         peak_mib: memory that one call needs beyond what was held before, MiB; None if unknown.
         ratio_p20, ratio_p80: percentiles of the ratio; None in files that lack them.
         peer: whether it is one of those that ratios are against; None in files that do not say.
+        yardstick: whether it only stands beside the others to be compared with, neither peer nor
+            ours.
         device: "cpu" or "cuda", where its result lies; None if unknown.
         not_run: why it did not run; None if it did.
         agreement: share of labels equal to those in float32, 0 to 1; None where it is no question.
@@ -48,6 +56,25 @@ class Row:
     not_run: str | None = None
     agreement: float | None = None
     images: int | None = None
+    yardstick: bool = False
+
+    def __post_init__(self):
+        times, ratios = (self.ms, self.ms_p20, self.ms_p80), (self.ratio_p20, self.ratio_p80)
+        measured = (*times, self.ratio, *ratios)
+        for value in (*measured, self.peak_mib, self.agreement, self.images):
+            if value is not None and not _is_number(value):
+                raise ValueError(f"expected numbers or nothing in a row, got {value!r}: {self}")
+        if any(value is not None and value <= 0 for value in measured):
+            raise ValueError(f"expected times and ratios above 0, got {self}")
+        if len({value is None for value in times}) > 1 or len({v is None for v in ratios}) > 1:
+            raise ValueError(f"expected all percentiles or none, got {self}")
+        if self.ratio is not None and self.ms is None:
+            raise ValueError(f"expected no ratio of what has no time, got {self}")
+        for value in (self.contestant, self.device or "", self.not_run or ""):
+            if not isinstance(value, str):
+                raise ValueError(f"expected text in a row, got {value!r}: {self}")
+        if self.peer not in (None, False, True) or self.yardstick not in (False, True):
+            raise ValueError(f"expected true or false for peer and yardstick, got {self}")
 
     @property
     def images_per_s(self) -> float | None:
@@ -64,6 +91,8 @@ class Work:
     Args:
         flops: additions, multiplications and comparisons; a fused multiply-add counts as two.
         bytes: inputs read once and outputs written once.
+        dtype: of the numbers, "float32", "bfloat16" or "int8": the processor's rate is that of its
+            instructions for them.
 
     Raises:
         ValueError: a negative or infinite number, or nothing to do at all.
@@ -71,6 +100,7 @@ class Work:
 
     flops: float
     bytes: float
+    dtype: str = "float32"
 
     def __post_init__(self):
         numbers = (self.flops, self.bytes)
@@ -80,15 +110,24 @@ class Work:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reached in float32, measured in the run of the timings.
+    """What a device reached, measured in the run of the timings.
 
     Attributes:
-        flop_per_s: of a large matrix product.
+        flop_per_s: of the processor's instructions or of a large matrix product.
         bytes_per_s: of a copy from memory to memory, bytes read plus bytes written.
+        rate_of: what the first is of, and its dtype. Files that do not say have a matrix product.
+
+    Raises:
+        ValueError: a rate that is no positive number.
     """
 
     flop_per_s: float
     bytes_per_s: float
+    rate_of: str = "matrix product, float32"
+
+    def __post_init__(self):
+        if not all(_is_number(r) and r > 0 for r in (self.flop_per_s, self.bytes_per_s)):
+            raise ValueError(f"expected rates above 0, got {self}")
 
 
 @dataclass(frozen=True)
@@ -156,7 +195,7 @@ def write(record: Record, path: Path) -> None:
 
 
 def read(path: Path) -> Record:
-    """Read a result file, also one written before floors were measured.
+    """Read a result file, also an older one, which lacks some of what is written now.
 
     Raises:
         ValueError: not a result file.
@@ -173,7 +212,10 @@ def read(path: Path) -> Record:
             case: Floor(Work(**floor["work"]), Ceilings(**floor["ceilings"]), floor["device"])
             for case, floor in content.get("floors", {}).items()
         }
-        return Record(content["benchmark"], content["machine"], cases, floors)
+        benchmark, machine = content["benchmark"], content["machine"]
+        if not isinstance(benchmark, str) or not isinstance(machine, dict):
+            raise ValueError(f"expected a name and a machine, got {benchmark!r} and {machine!r}")
+        return Record(benchmark, machine, cases, floors)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a result file of these benchmarks: {path} ({error!r})") from error
 
@@ -227,7 +269,8 @@ def floor_text(floor: Floor) -> str:
     work, ceilings = floor.work, floor.ceilings
     return (
         f"floor {number(floor.ms)} ms, {floor.binds} binds: "
-        f"{_metric(work.flops)}FLOP at {_metric(ceilings.flop_per_s)}FLOP/s, "
+        f"{_metric(work.flops)}FLOP at {_metric(ceilings.flop_per_s)}FLOP/s "
+        f"({ceilings.rate_of}), "
         f"{_metric(work.bytes)}B at {_metric(ceilings.bytes_per_s)}B/s"
     )
 

@@ -16,6 +16,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from records import (
+    PACKAGES,
     RESULTS,
     Floor,
     Record,
@@ -29,6 +30,8 @@ from records import (
 )
 
 PAGE, PICTURE = "README.md", "ratios.svg"
+YARDSTICK = {"marker": "|", "ms": 8, "mew": 1.2, "mec": "black"}
+"""How the picture marks one."""
 LABELS = {
     "cpu": "processor",
     "cores": "cores",
@@ -38,6 +41,7 @@ LABELS = {
     "system": "system",
     "python": "Python",
     "torch": "PyTorch",
+    **{name: name for name in PACKAGES},
     "segmenter_fast": "segmenter_fast",
     "native": "native kernels",
     "commit": "commit",
@@ -107,9 +111,10 @@ def _ceilings(records: Iterable[Record]) -> list[str]:
     floors = [floor for record in records for floor in record.floors.values()]
     for device in dict.fromkeys(floor.device for floor in floors):
         found = [floor.ceilings for floor in floors if floor.device == device]
-        rates = _span([ceilings.flop_per_s / 1e9 for ceilings in found])
+        for rate_of in dict.fromkeys(ceilings.rate_of for ceilings in found):
+            rates = _span([c.flop_per_s / 1e9 for c in found if c.rate_of == rate_of])
+            lines.append(f"| {device}, {rate_of} | {rates} GFLOP/s |")
         bandwidths = _span([ceilings.bytes_per_s / 1e9 for ceilings in found])
-        lines.append(f"| {device}, matrix product, float32 | {rates} GFLOP/s |")
         lines.append(f"| {device}, copy, read + write | {bandwidths} GB/s |")
     return lines
 
@@ -132,7 +137,7 @@ def _rows(rows: Sequence[Row], floor: Floor | None) -> list[str]:
             _escape(row.contestant),
             milliseconds(row.ms),
             f"{milliseconds(row.ms_p20)} to {milliseconds(row.ms_p80)}",
-            f"**{ratio(row.ratio)}**" if is_ours(row) else ratio(row.ratio),
+            _ratio(row),
             _escape(mebibytes(row.peak_mib)),
             *(text(row) for _, text in extra),
         ]
@@ -141,6 +146,12 @@ def _rows(rows: Sequence[Row], floor: Floor | None) -> list[str]:
         text = floor_text(floor)
         lines += ["", f"{text[0].upper()}{text[1:]}."]
     return lines
+
+
+def _ratio(row: Row) -> str:
+    """Ours in bold, a yardstick's in italics."""
+    mark = "**" if is_ours(row) else "*" if row.yardstick and row.ratio is not None else ""
+    return f"{mark}{ratio(row.ratio)}{mark}"
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -152,8 +163,11 @@ def _escape(text: str) -> str:
 
 
 def is_ours(row: Row) -> bool:
-    """Whether a row with a ratio is no peer; in files that do not say, whether it beats them."""
-    if row.ratio is None:
+    """Whether a row with a ratio is neither peer nor yardstick.
+
+    In files that do not say, whether it beats the peers.
+    """
+    if row.ratio is None or row.yardstick:
         return False
     return row.ratio > 1 if row.peer is None else not row.peer
 
@@ -163,7 +177,7 @@ def draw(records: Sequence[Record], path: Path) -> bool:
     """Draw each case's ratios on one logarithmic axis; False if there are none.
 
     A bar is our quickest form, with a line from its 20th to its 80th percentile; dots are our other
-    forms, circles the peers.
+    forms, circles the peers, strokes the yardsticks.
     """
     import matplotlib
 
@@ -190,7 +204,8 @@ def draw(records: Sequence[Record], path: Path) -> bool:
     for _, cases in groups:
         positions.append([height + 0.9 + i for i in range(len(cases))])
         height += 0.9 + len(cases)
-    ratios = [row.ratio for _, cases in groups for rows in cases.values() for row in rows]
+    drawn = [row for _, cases in groups for rows in cases.values() for row in rows]
+    ratios, yardsticks = [row.ratio for row in drawn], any(row.yardstick for row in drawn)
 
     figure, axes = plt.subplots(figsize=(9, 0.9 + 0.42 * height), layout="constrained")
     axes.set_xscale("log")
@@ -210,10 +225,15 @@ def draw(records: Sequence[Record], path: Path) -> bool:
                 end = max(end, best.ratio_p80)
             for mark, others in (
                 ({"mfc": colour, "mec": "white"}, [r.ratio for r in rows if is_ours(r)]),
-                ({"mfc": "white", "mec": "black"}, [r.ratio for r in rows if not is_ours(r)]),
+                (
+                    {"mfc": "white", "mec": "black"},
+                    [r.ratio for r in rows if not is_ours(r) and not r.yardstick],
+                ),
+                (YARDSTICK, [r.ratio for r in rows if r.yardstick]),
             ):
                 others = [value for value in others if value != best.ratio]
-                axes.plot(others, [y] * len(others), "o", ms=4.5, mew=0.8, zorder=4, **mark)
+                style = {"marker": "o", "ms": 4.5, "mew": 0.8} | mark
+                axes.plot(others, [y] * len(others), ls="", zorder=4, **style)
             axes.text(
                 max(end, 1) * 1.06,
                 y,
@@ -240,10 +260,11 @@ def draw(records: Sequence[Record], path: Path) -> bool:
             Line2D([], [], color="black", lw=1, label="p20 to p80"),
             Line2D([], [], ls="", marker="o", mfc="gray", mec="white", label="our other forms"),
             Line2D([], [], ls="", marker="o", mfc="white", mec="black", label="peers", ms=4.5),
+            *([Line2D([], [], ls="", label="yardsticks", **YARDSTICK)] if yardsticks else []),
         ],
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=4,
+        ncols=4 + yardsticks,
         frameon=False,
         fontsize=8,
     )

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,56 @@ def test_ratio_is_against_the_quickest_peer_of_its_kind(harness):
 def test_rejects_bad_input(harness, arguments):
     with pytest.raises(ValueError, match="need at least one round"):
         harness.compare({"only": lambda: 1}, **arguments)
+
+
+@pytest.mark.parametrize("name", ["peer", "absent"])
+def test_a_yardstick_is_no_peer(harness, name):
+    with pytest.raises(ValueError, match=f"behind the peers, got .*{name}"):
+        harness.compare({"peer": lambda: 1, "ours": lambda: 1}, yardsticks=[name])
+    rows = harness.compare(
+        {"peer": lambda: 1, "fill": lambda: 1, "none": harness.not_run("no"), "ours": lambda: 1},
+        rounds=1,
+        yardsticks=["fill", "none"],
+    )
+    assert [row.yardstick for row in rows] == [False, True, True, False]
+    assert [row.peer for row in rows] == [True, False, False, False]
+    assert rows[1].ratio is not None
+
+
+def test_rounds_have_orders_of_their_own(harness, monkeypatch):
+    called, slept = [], []
+    monkeypatch.setattr(harness, "_seconds", lambda function, calls: function() or 0.01)
+    monkeypatch.setattr(harness, "peak_mib", lambda *_: None)
+    monkeypatch.setattr(harness.time, "sleep", slept.append)
+    names = "abcd"
+
+    def orders():
+        called.clear()
+        harness.compare({name: lambda name=name: called.append(name) for name in names}, rounds=20)
+        return ["".join(called[i : i + 4]) for i in range(8, len(called), 4)]  # after two calls
+
+    first = orders()
+    assert len(first) == 20 and {"".join(sorted(order)) for order in first} == {names}
+    assert len({order[order.index("a") - 1] for order in first if order[0] != "a"}) == 3
+    assert first == orders()
+    # No pause is longer than what came before it.
+    assert slept == [0.01] * 160
+
+
+def test_a_pause_ends(harness, monkeypatch):
+    slept = []
+    monkeypatch.setattr(harness, "_seconds", lambda function, calls: 2.0)
+    monkeypatch.setattr(harness.time, "sleep", slept.append)
+    harness.compare({"slow": lambda: 1}, rounds=1)
+    assert slept == [harness.PAUSE]
+
+
+def test_the_gpu_has_a_row(harness, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = harness.compare({"peer": lambda: 1} | harness.gpu_row(), rounds=1)
+    assert rows[1].contestant == "Triton, GPU" and rows[1].peer is False
+    reason = "no CUDA device; python -m benchmarks.device measures it there"
+    assert rows[1].not_run == reason
 
 
 def test_what_does_not_run_keeps_its_row(harness):
@@ -215,6 +266,17 @@ def test_compiled_is_lazy_and_static(harness, monkeypatch):
     assert options == {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
 
 
+def test_freezing_lasts_as_long_as_compilation(harness, monkeypatch):
+    from torch._inductor import config
+
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    contestant = harness.compiled(lambda: seen.append(config.freezing), freezing=True)
+    contestant()
+    contestant()
+    assert seen == [True, False]
+
+
 def test_compilation_that_fails_is_not_run(harness, monkeypatch):
     def backend(graph, inputs):
         raise RuntimeError("no C++ compiler found\nmore about it")
@@ -305,19 +367,50 @@ def test_ceilings_are_measured_once(harness, monkeypatch):
     # Smaller than a real run's, whose copy has to pass the last-level cache.
     sizes = []
     monkeypatch.setattr(harness, "_copy_bytes", lambda device: sizes.append(device) or 1 << 20)
-    monkeypatch.setattr(harness, "_flop_per_s", lambda device, dtype: 1e9)
-    harness._ceilings.cache_clear()
+    rates = {torch.float32: 1e9, torch.bfloat16: 8e9}
+    monkeypatch.setattr(harness, "_flop_per_s", lambda device, dtype: rates[dtype])
+    instructions = {"float32": 2e9, "bfloat16": 0.0, "int8": 0.0}
+    monkeypatch.setattr(harness, "instruction_rate", instructions.get)
+    for cached in (harness._ceilings, harness._copy_rate):
+        cached.cache_clear()
     try:
         first = harness.ceilings()
         assert first == harness.ceilings("cpu")
-        assert sizes == ["cpu"]
         assert first.bytes_per_s > 1e7
-        floor = harness.floor_of(
-            harness.Work(1e6, 1), [harness.Row("peer", 1, 1, 1, 1, None, device="cpu")]
-        )
+        assert (first.flop_per_s, first.rate_of) == (2e9, "instructions, float32")
+        rows = [harness.Row("peer", 1, 1, 1, 1, None, device="cpu")]
+        floor = harness.floor_of(harness.Work(2e6, 1), rows)
         assert (floor.device, floor.ms) == ("cpu", 1.0)
+        # Where there is no such instruction, what a matrix product reaches.
+        floor = harness.floor_of(harness.Work(8e6, 1, "bfloat16"), rows)
+        assert (floor.ms, floor.ceilings.rate_of) == (1.0, "matrix product, bfloat16")
+        with pytest.raises(ValueError, match="no rate of int8"):
+            harness.floor_of(harness.Work(8e6, 1, "int8"), rows)
+        assert sizes == ["cpu"]
     finally:
-        harness._ceilings.cache_clear()
+        for cached in (harness._ceilings, harness._copy_rate):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("module", ["absent", "old", "new"])
+def test_rate_of_the_instructions(harness, monkeypatch, module):
+    from segmenter_fast import backend
+
+    measured = iter([2.0, 3.0, 1.0])
+
+    def native_module():
+        if module == "absent":
+            raise backend.BackendError("not built")
+        peak = {"peak": lambda kind, threads, seconds: next(measured)} if module == "new" else {}
+        return SimpleNamespace(**peak)
+
+    monkeypatch.setattr(backend, "native_module", native_module)
+    harness._instruction_rate.cache_clear()
+    try:
+        assert harness.instruction_rate("float32") == (3.0 if module == "new" else 0.0)
+        assert harness.instruction_rate("float16") == 0.0
+    finally:
+        harness._instruction_rate.cache_clear()
 
 
 def test_flop_rate_is_of_full_precision(harness, monkeypatch):
@@ -358,7 +451,8 @@ def test_last_level_caches_add_up(harness, tmp_path):
 def test_the_table_shows_floor_and_share(records, floor):
     rows = [records.Row("ours", 8.0, 7.0, 9.0, 2.5, 0.0)]
     text = "\n".join(records.table("case", rows, floor))
-    assert "floor 4.0 ms, arithmetic binds: 4.0 MFLOP at 1.0 GFLOP/s, 2.0 MB at 2.0 GB/s" in text
+    assert "floor 4.0 ms, arithmetic binds: 4.0 MFLOP at 1.0 GFLOP/s (matrix product" in text
+    assert "float32), 2.0 MB at 2.0 GB/s" in text
     assert "50 %" in text and "<0.5" in text
     assert "floor" not in "\n".join(records.table("case", rows))
 
@@ -379,8 +473,9 @@ def test_toy(contest, compiled):
         rounds=1,
         peers=2,
         work=Work(flops=1e3, bytes=1),
+        gpu=True,
     )
-    assert [row.peer for row in rows] == [True, True, False]
+    assert [row.peer for row in rows] == [True, True, False, False]
 
 
 def test_without_work_and_without_ours(contest):
@@ -406,7 +501,8 @@ def test_a_benchmark_run_from_fixture_to_file(records, tmp_path, monkeypatch, ca
     assert "torch.compile  not run: needs --with-compile" in output
     (path,) = tmp_path.glob("results/*/toy.json")
     record = records.read(path)
-    assert [row.contestant for row in record.cases["toy"]] == ["eager", "torch.compile", "ours"]
+    names = ["eager", "torch.compile", "ours", "Triton, GPU"]
+    assert [row.contestant for row in record.cases["toy"]] == names
     assert set(record.cases) == {"toy", "bare"} and set(record.floors) == {"toy"}
     assert record.cases["bare"][1].not_run == "absent"
 
@@ -417,6 +513,7 @@ def test_written_rows_can_be_read_back(harness, records, floor, tmp_path):
         harness.Row("peer", *[None] * 5, peer=True, not_run="absent"),
         harness.Row("ours", 1.0, 0.5, 2.0, 3.0, None, 2.5, 3.5, False, "cpu"),
         harness.Row("half", 1.0, 0.5, 2.0, 3.0, None, agreement=0.98, images=2),
+        harness.Row("fill", 1.0, 0.5, 2.0, 3.0, None, peer=False, yardstick=True),
     ]
     path = harness.save("upsample", {"noise": rows}, tmp_path / "results", {"noise": floor})
     record = records.read(path)
@@ -424,11 +521,28 @@ def test_written_rows_can_be_read_back(harness, records, floor, tmp_path):
     assert record.cases == {"noise": rows}
     assert record.floors == {"noise": floor}
     assert record.machine["torch"] == torch.__version__
+    assert set(records.PACKAGES) <= set(record.machine)
     written = json.loads(path.read_text())["floors"]["noise"]
     assert (written["floor_ms"], written["binds"]) == (4.0, "arithmetic")
-    assert written["work"] == {"flops": 4e6, "bytes": 2e6}
-    assert written["ceilings"] == {"flop_per_s": 1e9, "bytes_per_s": 2e9}
+    assert written["work"] == {"flops": 4e6, "bytes": 2e6, "dtype": "float32"}
+    rate_of = "matrix product, float32"
+    assert written["ceilings"] == {"flop_per_s": 1e9, "bytes_per_s": 2e9, "rate_of": rate_of}
     assert [p.name for p in path.parent.iterdir()] == ["upsample.json"]
+
+
+def test_versions_of_packages(harness):
+    assert harness._version("pytest") == pytest.__version__
+    assert harness._version("no-such-package-at-all") is None
+
+
+def test_floors_of_older_files_are_of_a_matrix_product(records, tmp_path):
+    floor = {"work": {"flops": 4e6, "bytes": 2e6}, "device": "cpu"}
+    floor |= {"ceilings": {"flop_per_s": 1e9, "bytes_per_s": 2e9}, "floor_ms": 4.0, "binds": "a"}
+    content = {"benchmark": "b", "machine": {}, "cases": {}, "floors": {"case": floor}}
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    (read,) = records.read(tmp_path / "old.json").floors.values()
+    assert (read.ms, read.work.dtype) == (4.0, "float32")
+    assert read.ceilings.rate_of == "matrix product, float32"
 
 
 def test_files_without_floors_can_be_read(records, tmp_path):
@@ -456,6 +570,39 @@ def test_other_files_are_refused(records, tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"not a result file.*other\.json"):
         records.read(path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ms_p20": "1"},
+        {"ms_p80": None},
+        {"ms": None},
+        {"ms_p20": True},
+        {"ratio": float("nan")},
+        {"ms": 0},
+        {"ratio_p20": 1.0},
+        {"contestant": 3},
+        {"peer": "yes"},
+        {"machine": None},
+        {"benchmark": 7},
+        {"floors": {"case": {"work": {"flops": 1, "bytes": 1}, "device": "cpu", "ceilings": 0}}},
+    ],
+    ids=lambda wrong: "-".join(wrong),
+)
+def test_rows_of_other_kinds_are_refused(modules, records, tmp_path, wrong):
+    row = {"contestant": "a", "ms": 2, "ms_p20": 1, "ms_p80": 4, "ratio": 3, "peak_mib": 0}
+    content = {"benchmark": "b", "machine": {}, "cases": {"case": [row]}, "floors": {}}
+    if wrong.keys() <= content.keys():
+        content |= wrong
+    else:
+        content["cases"] = {"case": [row | wrong]}
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"not a result file.*wrong\.json"):
+        records.read(path)
+    result = run(modules["compare"].compare, path, path)
+    assert result.exit_code == 2 and "not a result file" in result.output
 
 
 def test_numbers_keep_their_digits(records):
@@ -532,6 +679,14 @@ def test_comparison_marks_what_leaves_the_spread(modules, records, tmp_path):
     assert run(modules["compare"].compare, old, old, "--strict").exit_code == 0
 
 
+def test_comparison_of_two_benchmarks(modules, records, tmp_path):
+    old = write(records, tmp_path / "old.json", {"ours": (9, 10, 11)})
+    new = tmp_path / "new.json"
+    records.write(replace(records.read(old), benchmark="other"), new)
+    result = run(modules["compare"].compare, old, new)
+    assert result.exit_code == 2 and "two benchmarks: toy and other" in result.output
+
+
 def test_comparison_against_another_peer_says_so(modules, records, tmp_path):
     old = write(records, tmp_path / "old.json", {"ours": (9, 10, 11)})
     record = records.read(old)
@@ -571,9 +726,15 @@ def test_the_page_has_every_figure(modules, records, floor, tmp_path):
     rows = [
         records.Row("eager | plain", 20, 18, 22, 1, 150.04, 1, 1, True, "cpu"),
         records.Row("compiled", *[None] * 5, peer=True, not_run="no <compiler>"),
+        records.Row("fill", 9, 8, 10, 2.2, 0.1, 2, 3, False, "cpu", yardstick=True),
         records.Row("ours", 8, 7, 9, 2.5, 0.1, 2, 3, False, "cpu"),
     ]
-    first = records.Record("first", machine, {"case": rows}, {"case": floor})
+    halves = [
+        replace(floor, ceilings=records.Ceilings(rate, 2e9, "instructions, bfloat16"))
+        for rate in (5e9, 6e9)
+    ]
+    floors = {"case": floor} | dict(zip(("a", "b"), halves, strict=True))
+    first = records.Record("first", machine, {"case": rows}, floors)
     records.write(first, folder / "first.json")
     second = replace(first, benchmark="second", machine=machine | {"commit": "def"}, floors={})
     records.write(second, folder / "second.json")
@@ -585,6 +746,9 @@ def test_the_page_has_every_figure(modules, records, floor, tmp_path):
     assert text.startswith("# my-machine\n")
     assert "| processor | A CPU |" in text and "GPU" not in text
     assert "| cpu, copy, read + write | 2 GB/s |" in text
+    assert "| cpu, matrix product, float32 | 1 GFLOP/s |" in text
+    assert "| cpu, instructions, bfloat16 | 5 to 6 GFLOP/s |" in text
+    assert "| fill | 9.00 | 8.00 to 10.0 | *2.20x* |" in text
     assert "## first\n\ncommit `abc`." in text and "## second\n\ncommit `def`." in text
     assert "| eager \\| plain | 20.0 | 18.0 to 22.0 | 1.00x | 150.0 | 20 % |" in text
     assert "| compiled | not run: no &lt;compiler> |  |  |  |  |" in text
@@ -616,7 +780,17 @@ def test_the_picture(modules, records, tmp_path):
     pictures = [tmp_path / "a.svg", tmp_path / "b.svg"]
     assert all(modules["report"].draw([record], path) for path in pictures)
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
-    nothing = replace(record, cases={"case": record.cases["case [1]"][:1]})
+    peer, ours, slower = record.cases["case [1]"]
+    assert modules["report"].is_ours(ours)
+    # A yardstick is not ours, even if it is the quickest of all.
+    yardstick = replace(ours, contestant="fill", ratio=99, yardstick=True)
+    assert not modules["report"].is_ours(yardstick)
+    beside = replace(record, cases={"case": [peer, yardstick, slower]})
+    assert modules["report"].draw([beside], tmp_path / "d.svg")
+    text = (tmp_path / "d.svg").read_text()
+    assert "yardsticks" in text and "99.0x" not in text and "3.00x" in text
+    assert "yardsticks" not in pictures[0].read_text()
+    nothing = replace(record, cases={"case": [peer, yardstick]})
     assert modules["report"].draw([nothing], tmp_path / "c.svg") is False
     assert not (tmp_path / "c.svg").exists()
 
