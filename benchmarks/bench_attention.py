@@ -61,5 +61,7 @@ def test_attention(contest, compiled, heads, gradient, dtype):
         work=Work(
             flops=product * (7 if gradient else 2),
             bytes=qkv.nbytes * 4 / 3 * (3 if gradient else 1),
+            dtype=str(dtype).removeprefix("torch."),
         ),
+        gpu=True,
     )

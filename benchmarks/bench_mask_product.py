@@ -59,5 +59,6 @@ def test_mask_product(contest, with_compile, width, gradient):
             "native": lambda: run(lambda *x: mask_product(*x, backend="native")),
         },
         check,
+        peers=2,
         work=Work(flops=flops * (3 if gradient else 1), bytes=moved * (2 if gradient else 1)),
     )

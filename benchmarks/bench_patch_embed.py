@@ -62,5 +62,6 @@ def test_patch_embed(contest, with_compile, width, gradient):
             "native": lambda: run(lambda *x: patch_embed(*x, backend="native")),
         },
         check,
+        peers=2,
         work=Work(flops=flops * (2 if gradient else 1), bytes=moved * (2 if gradient else 1)),
     )

@@ -77,5 +77,6 @@ def test_labels(contest, compiled, kind, batch):
         check=lambda name, labels: assert_labels(labels, class_first, SIZE),
         rounds=9 if batch == 1 else 3,
         peers=len(peers),
+        gpu=True,
         work=labels_work(batch, N_CLS, (GRID, GRID), SIZE),
     )

@@ -147,5 +147,6 @@ def test_cross_entropy(contest, compiled, n_cls, grid, logits, labels, backward)
         check=check,
         rounds=5,
         peers=peers,
+        gpu=True,
         work=work(n_cls, grid, backward),
     )

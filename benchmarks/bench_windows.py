@@ -82,5 +82,6 @@ def test_labels(contest, name, count):
         check,
         rounds=5 if count == 1 else 3,
         peers=2,
+        gpu=True,
         work=labels_work(views),
     )

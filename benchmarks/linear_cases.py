@@ -60,5 +60,6 @@ def contest_of(
             "native": lambda: run(lambda **x: ours(**x, backend="native")),
         },
         check,
+        peers=2,
         work=Work(flops=factor * work[0], bytes=factor * work[1]),
     )
