@@ -7,10 +7,15 @@ The official algorithm in eager PyTorch is `reference.labels`: attention weights
 upsampled to B x 150 x 512 x 512 floats, softmax, argmax. Its best form is taken: the mask tensor is
 made contiguous first, without which PyTorch's softmax is several times slower. The other peers have
 fused attention and no softmax, which changes no label: PyTorch eager and compiled, and the engines
-of `peers.engines`. In bfloat16 PyTorch's parameters are bfloat16, which is as quick as autocast or
-quicker, within a few per cent.
+of `peers.engines`, whose logits this project's kernel reads. Beside them stands OpenVINO alone, as
+one has it without this project: it upsamples and takes the argmax itself. In bfloat16 PyTorch's
+parameters are bfloat16, which is as quick as autocast or quicker, within a few per cent.
 
-Engines run in this process, with as many threads as PyTorch and never at the same time.
+With --with-compile there are two compiled peers: torch.compile as it comes, and at its best, with
+matrix products chosen by trial ("max-autotune") and weights packed beforehand ("frozen").
+
+Engines run in this process, with as many threads as PyTorch. Their threads rest while another
+contestant runs.
 """
 
 import copy
@@ -95,6 +100,14 @@ def label_maps(engine, x: torch.Tensor):
     return labels
 
 
+def own_labels(engine, x: torch.Tensor):
+    """A contestant of an engine that ends at label maps."""
+
+    labels = functools.partial(engine, x)
+    labels.fresh = functools.partial(engine.fresh, x)
+    return labels
+
+
 def ours(model, x: torch.Tensor, precision: str) -> Prepared:
     """This project's model in a precision, a copy of its own: another prepares its own weights."""
 
@@ -157,6 +170,7 @@ def whole_models(contest, compiled, folder: Path, variant: str, batch: int, roun
     check, agreement = judges(model, x)
 
     exported = functools.cache(lambda: export_onnx(model, x, folder / "model.onnx"))
+    whole = functools.cache(lambda: export_onnx(model, x, folder / "whole.onnx", full_size=True))
 
     @functools.cache
     def quantised() -> Path:
@@ -165,6 +179,9 @@ def whole_models(contest, compiled, folder: Path, variant: str, batch: int, roun
 
     def engine(kind, path: Callable[[], Path], *arguments) -> Prepared:
         return Prepared(lambda: label_maps(kind(path(), *arguments), x))
+
+    def alone(precision: str) -> Prepared:
+        return Prepared(lambda: own_labels(OpenVino(whole(), precision), x))
 
     contestants = {}
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
@@ -176,12 +193,17 @@ def whole_models(contest, compiled, folder: Path, variant: str, batch: int, roun
             ),
             "PyTorch, fused attention": functools.partial(graph, images_),
             "the same, torch.compile": compiled(graph, images_),
+            "the same, torch.compile, max-autotune and frozen": compiled(
+                graph, images_, mode="max-autotune", freezing=True
+            ),
         }
         for name, peer in peers.items():
             contestants[f"{name}, {precision}"] = torch.inference_mode()(peer)
     contestants |= {
         # ONNX Runtime's CPU kernels have no bfloat16.
         "ONNX Runtime, float32": engine(OnnxRuntime, exported),
+        "OpenVINO alone, float32": alone("f32"),
+        "OpenVINO alone, bfloat16": alone("bf16"),
         "OpenVINO, float32": engine(OpenVino, exported, "f32"),
         "OpenVINO, bfloat16": engine(OpenVino, exported, "bf16"),
         "OpenVINO, int8": engine(OpenVino, quantised, "int8"),
@@ -198,6 +220,7 @@ def whole_models(contest, compiled, folder: Path, variant: str, batch: int, roun
         agreement=agreement,
         images=batch,
         kind=precision_of,
+        gpu=True,
     )
 
 

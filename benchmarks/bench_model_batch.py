@@ -7,7 +7,7 @@ import pytest
 from bench_model import whole_models
 
 BATCH = 8
-ROUNDS = {"Seg-T-Mask/16": 3, "Seg-S-Mask/16": 2, "Seg-B-Mask/16": 2}
+ROUNDS = {"Seg-T-Mask/16": 5, "Seg-S-Mask/16": 3, "Seg-B-Mask/16": 3}
 
 
 @pytest.mark.parametrize("variant", ROUNDS)

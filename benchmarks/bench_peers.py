@@ -1,10 +1,13 @@
 """Images per second of the other architectures: 512 x 512, K = 150, batch 1, random weights.
 
-Each is eager PyTorch in float32 and, with --with-compile, compiled; this project's kernel reads the
-labels off its logits, so that only the architectures differ. Beside each stands Seg-T-Mask/16: one
-yardstick for all, met by the same load of the machine. A ratio is against the architecture.
+Each is eager PyTorch in float32 and, with --with-compile, compiled; DeepLabv3+, which is all
+convolutions, is also laid out with the channels last. This project's kernel reads the labels off
+all logits, so that only the architectures differ. Beside each stands Seg-T-Mask/16, met by the same
+load of the machine: in plain PyTorch with its fused attention, a yardstick that compares
+architectures within one engine, and as this project runs it. A ratio is against the architecture.
 """
 
+import copy
 import functools
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from bench_model import SIZE, images
 from harness import Prepared, not_run
 from peers.deeplab import DeepLabV3Plus
+from peers.engines import PatchLogits, plain
 from peers.hugging_face import SEGFORMER, SWIN, SegFormer, UPerNetSwin
 from peers.setr import SETRPUP, VIT
 
@@ -28,6 +32,7 @@ ARCHITECTURES = {
 }
 ON_REQUEST = {f"UPerNet Swin-{v}" for v in "SBL"} | {f"SegFormer B{n}" for n in (1, 3, 4)}
 """Only with --all-peers."""
+YARDSTICK = "Seg-T-Mask/16, PyTorch"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -43,26 +48,34 @@ def test_images_per_second(request, contest, compiled, name):
         return torch.inference_mode()(lambda: upsample_argmax(logits_of(), SIZE))
 
     eager = Prepared(lambda: reading(functools.partial(model(), x)))
-    fused = Prepared(lambda: reading(compiled(model(), x)))
+    own = {name: eager, "the same, torch.compile": Prepared(lambda: reading(compiled(model(), x)))}
+    if name.startswith("DeepLab"):
+
+        def channels_last():
+            layout = {"memory_format": torch.channels_last}
+            return reading(functools.partial(copy.deepcopy(model()).to(**layout), x.to(**layout)))
+
+        own["the same, channels last"] = Prepared(channels_last)
     if name in ON_REQUEST and not request.config.getoption("--all-peers"):
-        eager = fused = not_run("needs --all-peers")
-    yardstick = create_model("Seg-T-Mask/16", num_classes=150, image_size=SIZE).eval()
+        own = dict.fromkeys(own, not_run("needs --all-peers"))
+    segmenter = create_model("Seg-T-Mask/16", num_classes=150, image_size=SIZE).eval()
 
     def check(contestant: str, labels: torch.Tensor) -> None:
         assert labels.shape == (1, *SIZE) and labels.unique().numel() > 1, contestant
-        if contestant.endswith("torch.compile"):
+        if contestant.startswith("the same"):
             same = float((labels == eager()).double().mean())
             assert same > 0.999, f"{contestant}: {same:.2%} of the labels are eager's"
 
     contest(
         f"{name}, 512 x 512, batch 1, K = 150",
-        {
-            name: eager,
-            "the same, torch.compile": fused,
-            "Seg-T-Mask/16, segmenter_fast": torch.inference_mode()(lambda: yardstick.labels(x)),
+        own
+        | {
+            YARDSTICK: reading(functools.partial(PatchLogits(plain(segmenter)), x)),
+            "Seg-T-Mask/16, segmenter_fast": torch.inference_mode()(lambda: segmenter.labels(x)),
         },
         check,
-        rounds=2,
-        peers=2,
+        rounds=3,
+        peers=len(own),
         images=1,
+        yardsticks=[YARDSTICK],
     )

@@ -1,6 +1,8 @@
 """The benchmarks' peers: the right sizes, the right answers, and a reason where they do not run."""
 
+import functools
 import importlib
+import inspect
 import sys
 from pathlib import Path
 
@@ -13,7 +15,10 @@ from segmenter_fast import create_model, reference
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 MODULES = ("harness", "records", "peers.deeplab", "peers.setr", "peers.hugging_face")
-MODULES += ("peers.engines", "bench_model", "bench_peers")
+MODULES += ("peers.engines", "bench_model", "bench_peers", "linear_cases", "bench_layer_norm")
+MODULES += ("bench_mask_product", "bench_patch_embed", "bench_upsample_probabilities")
+MODULES += ("bench_attention", "bench_confusion", "bench_upsample_argmax", "bench_windows")
+MODULES += ("bench_upsample_cross_entropy", "bench_train")
 K = 5
 
 
@@ -27,6 +32,7 @@ def modules():
     """The benchmarks' modules by the last part of their names, imported as the benchmarks do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(FOLDER), *sys.path])
+        patch.delitem(sys.modules, "linear_cases", raising=False)  # tests/ has one, too
         forget()
         yield {name.split(".")[-1]: importlib.import_module(name) for name in MODULES}
         forget()
@@ -221,6 +227,23 @@ def test_plain_is_the_same_model_in_pytorch_alone(modules, tiny):
     assert_labels(labels, expected, (48, 64), slack=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_labels_are_upsampled_with_classes_last(modules, tiny, dtype, monkeypatch):
+    model, x, _ = tiny
+    engines = modules["engines"]
+    plain = engines.plain(model).to(dtype)
+    with torch.inference_mode():
+        logits = engines.PatchLogits(plain)(x.to(dtype)).float().contiguous()
+        expected = F.interpolate(logits, size=(48, 64), mode="bilinear").argmax(1)
+        seen = []
+        interpolate = F.interpolate
+        monkeypatch.setattr(F, "interpolate", lambda t, **o: seen.append(t) or interpolate(t, **o))
+        labels = engines.Labels(plain)(x.to(dtype))
+    assert torch.equal(labels.long(), expected)
+    assert seen[-1].dtype == torch.float32
+    assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("engine", ["OnnxRuntime", "OpenVino"])
 def test_engines_are_right(modules, tiny, files, engine):
     pytest.importorskip(engine.lower())
@@ -274,6 +297,104 @@ def test_absent_engines_keep_their_rows(modules, tiny, monkeypatch, package):
     prepare = modules["harness"].Prepared(build)
     (row,) = modules["harness"].compare({"engine": prepare})
     assert row.not_run == f'needs {package}: pip install "segmenter_fast[bench]"'
+
+
+# ------------------------------------------------------------------------------------- contests
+class Contest:
+    """The `contest` fixture, if it ran nothing."""
+
+    def __call__(self, case, contestants, check=None, rounds=11, peers=1, **options):
+        self.case, self.contestants, self.check = case, contestants, check
+        self.names, self.peers, self.rounds = list(contestants), list(contestants)[:peers], rounds
+        self.options = options
+
+
+def not_compiled(*arguments, **options):
+    return lambda: None
+
+
+HEAVY = ("attention", "confusion", "upsample_cross_entropy", "upsample_probabilities")
+SMALL = {"N_CLS": 5, "GRID": 4, "SIZE": (64, 64), "TOKENS": 17}
+"""Constants of the heavy benchmarks, which compute what is right beforehand."""
+
+
+@pytest.mark.parametrize(
+    "module, test, arguments",
+    [
+        ("layer_norm", "test_layer_norm", {"with_compile": False, "width": 8, "gradient": True}),
+        ("mask_product", "", {"with_compile": False, "width": 8, "gradient": False}),
+        ("patch_embed", "", {"with_compile": False, "width": 8, "gradient": False}),
+        ("upsample_probabilities", "test_probabilities", {"top1": False, "batch": 1}),
+        ("upsample_probabilities", "test_probabilities", {"top1": True, "batch": 2}),
+        ("upsample_probabilities", "test_probabilities_with_gradient", {"top1": True}),
+        ("attention", "", {"heads": 1, "gradient": False, "dtype": torch.bfloat16}),
+        ("confusion", "test_label_map", {"batch": 1}),
+        ("confusion", "test_patch_logits", {"batch": 1}),
+        ("upsample_argmax", "test_labels", {"kind": "noise", "batch": 1}),
+        (
+            "upsample_cross_entropy",
+            "test_cross_entropy",
+            {"n_cls": 5, "grid": 4, "logits": "noise", "labels": "regions", "backward": True},
+        ),
+        ("windows", "test_labels", {"name": "one view", "count": 1}),
+        ("train", "test_training_step", {}),
+    ],
+)
+def test_whoever_is_not_ours_is_a_peer_or_a_yardstick(
+    modules, monkeypatch, module, test, arguments
+):
+    bench, contest = modules[f"bench_{module}"], Contest()
+    for name in SMALL if module in HEAVY else ():
+        monkeypatch.setattr(bench, name, SMALL[name], raising=False)
+    function = getattr(bench, test or f"test_{module}")
+    if "compiled" in inspect.signature(function).parameters:
+        arguments = arguments | {"compiled": not_compiled}
+    function(contest, **arguments)
+    ours = ("native", "segmenter_fast", "tiles in PyTorch")
+    others = [name for name in contest.names if not name.startswith(ours)]
+    yardsticks = contest.options.get("yardsticks", [])
+    assert others == [*contest.peers, *yardsticks] and len(others) < len(contest.names)
+    assert all("torch.compile" not in name for name in yardsticks)
+    kernels = ("attention", "upsample_argmax", "upsample_cross_entropy", "windows")
+    assert contest.options.get("gpu", False) == (module in kernels)
+    if module == "attention":
+        assert contest.options["work"].dtype == "bfloat16"
+
+
+def test_whole_models_are_compiled_twice(modules, tiny, monkeypatch, tmp_path):
+    bench, contest, asked = modules["bench_model"], Contest(), []
+    monkeypatch.setattr(bench, "create_model", lambda *_, **__: tiny[0])
+    monkeypatch.setattr(bench, "judges", lambda *_: (None, None))
+
+    def compiled(function, *arguments, **options):
+        asked.append(options)
+        return lambda: None
+
+    bench.whole_models(contest, compiled, tmp_path, "Seg-T-Mask/16", 1, 3)
+    assert asked == [{}, {"mode": "max-autotune", "freezing": True}] * 2
+    assert [n for n in contest.names if n not in contest.peers] == [
+        f"segmenter_fast, {precision}" for precision in bench.PRECISIONS
+    ]
+    assert contest.options["gpu"] and contest.options["kind"]("Triton, GPU") == "GPU"
+    assert {"OpenVINO alone, float32", "OpenVINO alone, bfloat16"} <= set(contest.peers)
+
+
+@pytest.mark.parametrize("name", ["DeepLabv3+ ResNet-101, stride 16", "SETR-PUP ViT-B"])
+def test_architectures_stand_beside_ours_in_pytorch(modules, monkeypatch, name):
+    bench, contest = modules["bench_peers"], Contest()
+    deeplab = modules["deeplab"].DeepLabV3Plus
+    small = functools.partial(deeplab, depths=(1, 1, 1, 1), width=4, channels=8)
+    monkeypatch.setattr(bench, "ARCHITECTURES", {name: small})
+    bench.test_images_per_second(None, contest, lambda f, x: functools.partial(f, x), name)
+    layouts = ["the same, channels last"] * name.startswith("DeepLab")
+    assert contest.peers == [name, "the same, torch.compile", *layouts]
+    beside = ["Seg-T-Mask/16, PyTorch", "Seg-T-Mask/16, segmenter_fast"]
+    assert contest.names == contest.peers + beside
+    assert contest.options["yardsticks"] == beside[:1] and contest.rounds >= 3
+    for contestant in contest.peers:
+        contest.check(contestant, contest.contestants[contestant]())
+    plain, ours = (contest.contestants[name]() for name in beside)
+    assert (plain == ours).double().mean() > 0.999
 
 
 def test_published_figures_have_the_names_of_the_benchmark(modules):

@@ -66,12 +66,14 @@ class PatchLogits(nn.Module):
 class Labels(PatchLogits):
     """Images to label maps, in operators that every engine has.
 
-    Softmax is left out, for it changes no label; the copy, because bilinear upsampling of memory
-    with the classes last is several times slower. Both in float32, whatever the model computes in.
+    Softmax is left out, for it changes no label. The classes stay last in memory, as the decoder
+    leaves them: PyTorch upsamples and compares them so in a quarter of the time. Both in float32,
+    whatever the model computes in: in bfloat16 other labels would win. An exported graph knows
+    nothing of memory and is the same either way.
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = super().forward(images).float().contiguous()
+        logits = super().forward(images).float().contiguous(memory_format=torch.channels_last)
         full = F.interpolate(logits, size=images.shape[2:], mode="bilinear")
         return full.argmax(1).to(torch.int32)
 
@@ -151,6 +153,8 @@ class OnnxRuntime:
         self._runtime = need("onnxruntime")
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Or they go on looking for work after a call, on the next contestant's processors.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session = self._runtime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
