@@ -112,6 +112,39 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 # --------------------------------------------------------------------------- right results
 @all_dtypes
+@pytest.mark.parametrize("magnitude", [1e14, 1e16, 3e17])
+def test_scores_far_below_zero(dtype, magnitude):
+    """All of them: the largest is still the one that counts, forward and backward."""
+    keys = -magnitude * (1 + 0.02 * torch.arange(40.0))
+    qkv = torch.zeros(1, 40, 3, 1, 32)
+    qkv[0, :, 0], qkv[0, :, 1] = magnitude, keys[:, None, None]
+    qkv[0, :, 2] = torch.randn(40, 1, 32)
+    qkv = qkv.to(dtype).requires_grad_()
+    y = operator(qkv)
+    torch.testing.assert_close(y, qkv[:, :1, 2].flatten(2).expand_as(y), rtol=0, atol=0)
+    y.backward(torch.ones_like(y))
+    expected = torch.zeros_like(qkv)
+    expected[0, 0, 2] = 40
+    torch.testing.assert_close(qkv.grad, expected, rtol=1e-2, atol=1e-9)
+
+
+@all_dtypes
+@pytest.mark.parametrize("value", [1e-6, 1e-12, 1e-18, 1e-22])
+def test_small_values_behind_low_scores(dtype, value):
+    """Scores near the bound below which no maximum is kept must not lose the values."""
+
+    def make(dtype):
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(1, 70, 3, 1, 64, generator=generator)
+        qkv[:, :, 0] = 2.7 + 0.01 * qkv[:, :, 0]
+        qkv[:, :, 1] = -2.7 + 0.01 * qkv[:, :, 1]
+        qkv[:, :, 2] *= value
+        return {"qkv": qkv.to(dtype)}
+
+    assert_matches(operator, attention_reference, make, dtype, backward=value >= 1e-6)
+
+
+@all_dtypes
 @all_widths
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape, width, dtype):

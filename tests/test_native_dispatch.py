@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from test_native_network import HAS_BFLOAT16, HAS_INT8, images_of, make_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segmenter_fast import BackendError, SegmenterModel, native
+from segmenter_fast.blocks import Attention
 from segmenter_fast.model import QUANTIZED
 
 SIZE = (1, 32, 48)
@@ -127,20 +129,90 @@ def _other_encoder(model):
     model.encoder.__class__ = Encoder
 
 
+def _other_heads(model):
+    model.encoder.blocks[0].attn.heads = 1
+
+
+def _narrower_mlp(model):
+    mlp = model.encoder.blocks[1].mlp
+    mlp.fc1, mlp.fc2 = nn.Linear(64, 128).eval(), nn.Linear(128, 64).eval()
+
+
+def _no_block(model):
+    model.encoder.blocks[1] = nn.Identity().eval()
+
+
+def _no_blocks(model):
+    model.decoder.blocks = nn.ModuleList().eval()
+
+
+def _no_norm(model):
+    model.encoder.norm = nn.Identity().eval()
+
+
+def _bare_norm(model):
+    model.encoder.norm = nn.LayerNorm(64, elementwise_affine=False).eval()
+
+
+def _no_act(model):
+    model.encoder.blocks[0].mlp.act = nn.Identity().eval()
+
+
+def _a_layer_for_dropout(model):
+    model.encoder.dropout = nn.LayerNorm(64).eval()
+
+
+def _a_layer_after_the_projection(model):
+    model.decoder.blocks[0].attn.proj_drop = nn.Linear(64, 64).eval()
+
+
+def _no_bias_before_the_decoder(model):
+    model.decoder.proj_dec = nn.Linear(64, 64, bias=False).eval()
+
+
+def _wider_classes(model):
+    model.decoder.cls_emb = nn.Parameter(torch.randn(1, 7, 64))
+
+
+def _padded_patches(model):
+    model.encoder.patch_embed.proj.padding = (1, 1)
+
+
+def _a_slot_is_gone(model):
+    del model.encoder.blocks[0].attn._modules["attn_drop"]
+
+
 CHANGES = {
     _train: "training mode",
     _one_layer_trains: "training mode",
     _half_the_parameters: "parameters are torch.bfloat16",
-    _adapter: "not this library's or PyTorch's own Adapter",
-    _hook: "encoder.blocks.1 has hooks|blocks.1 has hooks",
-    _hook_before: "has hooks",
-    _own_forward: "not this library's",
-    _parametrization: "own ParametrizedLinear|hooks",
-    _tanh_gelu: "GELU is approximated",
-    _no_bias: "no bias",
-    _various_eps: "various eps",
-    _other_encoder: "the encoder is a Encoder",
+    _adapter: "encoder.blocks.0.attn.qkv is a Adapter, not a Linear",
+    _hook: "encoder.blocks.1 has hooks",
+    _hook_before: "decoder has hooks",
+    _own_forward: "encoder.blocks.0 has methods of its own",
+    _parametrization: "fc1 is a ParametrizedLinear|hooks",
+    _tanh_gelu: "encoder.blocks.0.mlp.act approximates GELU",
+    _no_bias: "encoder.blocks.0.attn.qkv has no bias",
+    _various_eps: "encoder.blocks have various heads, hidden widths or eps",
+    _other_encoder: "encoder is a Encoder, not a VisionTransformer",
+    _other_heads: "encoder.blocks have various heads",
+    _narrower_mlp: "encoder.blocks have various heads, hidden widths",
+    _no_block: "encoder.blocks.1 is a Identity, not a Block",
+    _no_blocks: "decoder.blocks are none",
+    _no_norm: "encoder.norm is a Identity, not a LayerNorm",
+    _bare_norm: "encoder.norm has no weight",
+    _no_act: "encoder.blocks.0.mlp.act is a Identity, not a GELU",
+    _a_layer_for_dropout: "encoder.dropout is a LayerNorm, not a Dropout",
+    _a_layer_after_the_projection: "decoder.blocks.0.attn.proj_drop is a Linear",
+    _no_bias_before_the_decoder: "decoder.proj_dec has no bias",
+    _wider_classes: r"decoder has a cls_emb of \(1, 7, 64\), not \(1, 5, 64\)",
+    _padded_patches: "encoder.patch_embed.proj is padded, dilated or grouped",
+    _a_slot_is_gone: "a module lacks 'attn_drop'",
 }
+# Of these the layers themselves make nothing, or every time something else.
+NOT_COMPARED = {
+    _half_the_parameters, _wider_classes, _padded_patches, _a_slot_is_gone, _train, _one_layer_trains
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
@@ -151,14 +223,102 @@ def test_layers_where_the_model_is_not_plain(change, watched):
         change(model)
     images = images_of(*SIZE)
     assert re.search(CHANGES[change], native.why_not(model, images))
-    try:
-        model.patch_logits(images)
-    except RuntimeError as error:
-        assert "dtype" in str(error) and change is _half_the_parameters, error
+    if change not in NOT_COMPARED:
+        expected = copy.deepcopy(model)
+        expected.backend = "reference"
+        torch.testing.assert_close(
+            model.patch_logits(images).grid, expected.patch_logits(images).grid,
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
     assert watched.calls == 0
     model.precision = "int8"
     with pytest.raises(BackendError, match="precision 'int8'"):
         model.patch_logits(images)
+
+
+@torch.inference_mode()
+def test_layers_where_a_class_has_other_methods(watched, monkeypatch):
+    """Of the model, whose features are asked for, and of a layer that somebody patched."""
+
+    class Other(SegmenterModel):
+        def _features(self, images):
+            return super()._features(images) * 2
+
+    model, images = make_model(), images_of(*SIZE)
+    other = Other(model.encoder, model.decoder, model.n_cls).eval()
+    assert "Other has features of its own" in native.why_not(other, images)
+    other.patch_logits(images)
+    whole = Attention.forward
+    monkeypatch.setattr(Attention, "forward", lambda self, x: 2 * whole(self, x))
+    assert "Attention.forward is not the original" in native.why_not(model, images)
+    model.patch_logits(images)
+    assert watched.calls == 0
+
+
+def test_a_head_for_other_classes(watched):
+    """As often exchanged for fine-tuning, and `n_cls` left as it was."""
+    model, images = make_model("linear", n_cls=150), images_of(*SIZE)
+    model.decoder.head = nn.Linear(64, 21).eval()
+    with torch.inference_mode():
+        assert "decoder.head has a weight of (21, 64), not (150, 64)" in native.why_not(
+            model, images
+        )
+        assert model.patch_logits(images).grid.shape[1] == 21
+        # The decoder counts, whatever the model says of itself.
+        model = make_model()
+        model.n_cls = 1
+        assert model.patch_logits(images).grid.shape[1] == 5
+    assert watched.calls == 1
+
+
+def test_shared_layers_are_one_call(watched):
+    model, images = make_model(), images_of(*SIZE)
+    model.encoder.blocks[1] = model.encoder.blocks[0]
+    model.decoder.blocks[1].mlp.fc1.weight = model.decoder.blocks[0].mlp.fc1.weight
+    expected = copy.deepcopy(model)
+    expected.backend = "reference"
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            model.patch_logits(images).grid, expected.patch_logits(images).grid,
+            rtol=1e-4, atol=1e-4,
+        )  # fmt: skip
+    assert watched.calls == 1
+
+
+def test_layers_under_transforms(watched):
+    model, images = make_model(), images_of(3, *SIZE[1:])
+    expected = copy.deepcopy(model)
+    expected.backend = "reference"
+
+    def one(of, image):
+        return of.patch_logits(image[None]).grid[0]
+
+    with torch.no_grad():
+        results = [
+            torch.func.vmap(lambda image, of=of: one(of, image))(images) for of in (model, expected)
+        ]
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(images, torch.ones_like(images))
+            logits = model.patch_logits(dual).grid
+            assert forward_ad.unpack_dual(logits).tangent is not None
+    assert watched.calls == 0
+
+
+def test_a_default_device_and_dtype_change_nothing(watched):
+    model, images = make_model(), images_of(*SIZE)
+    with torch.inference_mode():
+        expected = model.patch_logits(images).grid
+        with torch.device("cpu"):
+            assert torch.equal(model.patch_logits(images).grid, expected)
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            try:
+                logits = model.patch_logits(images).grid
+            finally:
+                torch.set_default_dtype(torch.float32)
+            assert torch.equal(logits, expected) and logits.dtype == torch.float32
+    assert watched.calls == 4
 
 
 def test_layers_where_the_dtype_is_another(watched):

@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,6 +18,7 @@ from segmenter_fast import _C, BackendError, SegmenterModel, native, reference
 from segmenter_fast.backend import PRECISIONS
 from segmenter_fast.config import SegmenterConfig
 from segmenter_fast.model import QUANTIZED
+from segmenter_fast.native_model import MOST_INT8_INPUTS, describe
 from segmenter_fast.variants import create_model_from_config
 
 SIMD_LEVELS = _C.build_info()["simd_levels"]
@@ -252,6 +254,25 @@ def test_bad_weights_show(precision):
     assert logits_by(model, images_of(1, 32, 32), precision).isnan().all()
 
 
+@pytest.mark.parametrize("precision", HERE)
+def test_overflow_shows(precision):
+    """Squares that overflow in a layer norm would pass for a large variance."""
+    model = make_model()
+    assert logits_by(model, torch.full((1, 3, 32, 32), 1e20), precision).isnan().all()
+
+
+@pytest.mark.skipif(not HAS_INT8, reason="no AVX-512 VNNI")
+def test_int8_counts_in_32_bits():
+    model = make_model("linear", width=32, heads=1, depth=1)
+    hidden = MOST_INT8_INPUTS + 32
+    for block in model.encoder.blocks:
+        block.mlp.fc1 = torch.nn.Linear(32, hidden).eval()
+        block.mlp.fc2 = torch.nn.Linear(hidden, 32).eval()
+    assert_as_accurate(model, images_of(1, 16, 16), "bfloat16" if HAS_BFLOAT16 else "float32")
+    with pytest.raises(BackendError, match="at most; one has 65568"):
+        logits_by(model, images_of(1, 16, 16), "int8")
+
+
 def test_writes_only_its_logits():
     model, images = make_model(n_cls=3), images_of(1, 40, 40)
     with torch.inference_mode():
@@ -337,6 +358,49 @@ def test_models_made_in_inference_mode_can_be_trained(tmp_path):
         assert model.encoder.pos_embed.grad is not None
 
 
+def test_sees_changes_that_move_no_byte():
+    """Of sizes and attributes that were packed, and of a parameter's order in memory."""
+    model = make_model(width=128, heads=2)
+
+    def eps():
+        model.encoder.norm.eps = model.decoder.decoder_norm.eps = 1.0
+
+    def heads():
+        for block in (*model.encoder.blocks, *model.decoder.blocks):
+            block.attn.heads = 4
+
+    def transpose():
+        model.decoder.proj_patch.data = model.decoder.proj_patch.data.t()
+
+    for change in (eps, heads, transpose):
+        assert changed_by(model, change), change
+
+
+def test_parameters_in_any_memory():
+    model = make_model()
+    fc1, qkv = model.encoder.blocks[0].mlp.fc1, model.encoder.blocks[1].attn.qkv
+    fc1.weight = torch.nn.Parameter(torch.randn(1).expand(256, 64))  # of one number
+    qkv.weight = torch.nn.Parameter(torch.randn(64, 192).t())
+    model.to(memory_format=torch.channels_last)
+    assert_as_accurate(model, images_of(1, 32, 32), "float32")
+    images = torch._neg_view(images_of(1, 32, 32))
+    assert torch.equal(logits_by(model, images), logits_by(model, images.clone()))
+
+
+def test_forget():
+    model, images = make_model(), images_of(1, 32, 32)
+    before = logits_by(model, images)
+    weight = model.encoder.blocks[0].attn.qkv.weight
+    # A few numbers in the middle, through `.data`: not to be noticed in general.
+    weight.data.view(-1)[5000:5010] += 1
+    native.forget(model)
+    assert model not in native._networks
+    after = logits_by(model, images)
+    assert not torch.equal(before, after)
+    assert_as_accurate(model, images, "float32")
+    native.forget(make_model())  # nothing to forget
+
+
 def test_packs_once(monkeypatch):
     made = []
     whole = native.NativeNetwork.__init__
@@ -409,6 +473,46 @@ def test_calls_from_several_threads():
                 assert torch.equal(result, right)
 
 
+def test_parameters_exchanged_by_another_thread():
+    """`.data =`, as in `model.to(...)`, frees what was looked at."""
+    model = make_model(width=192, heads=3)
+    parameters, done = list(model.parameters()), threading.Event()
+
+    def exchange():
+        while not done.is_set():
+            for parameter in parameters:
+                parameter.data = parameter.data.clone()
+
+    with ThreadPoolExecutor(2) as executor:
+        exchanging = [executor.submit(exchange) for _ in range(2)]
+        images = images_of(1, 32, 32)
+        expected = by_layers(model, images)
+        try:
+            for _ in range(100):
+                torch.testing.assert_close(logits_by(model, images), expected, rtol=1e-3, atol=1e-3)
+        finally:
+            done.set()
+        for future in exchanging:
+            future.result()
+
+
+def test_kept_memory_is_bounded():
+    """Whatever the number of calls at once, and of sizes."""
+    model = make_model("linear", width=32, heads=1, n_cls=2, depth=1)
+    large = images_of(1, 768, 768)
+    with torch.inference_mode():
+        network = native.network_of(model)
+        with ThreadPoolExecutor(6) as executor:
+            list(executor.map(lambda _: network(model, large), range(12)))
+        for size in range(200, 1200, 100):
+            network(model, images_of(1, size, size))
+        one = images_of(1, 8, 8)
+        network(model, one)
+    assert 0 < network._network.kept <= 256 << 20
+    assert sum(p.nbytes for p in network._positions.values()) <= native._KEPT_POSITIONS
+    assert 1 < len(network._positions)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_works_in_a_forked_child():
@@ -420,6 +524,24 @@ def test_works_in_a_forked_child():
     child.start()
     child.join(60)
     assert child.exitcode == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_while_another_thread_packs():
+    """The child has the lock as the thread left it that it does not have."""
+    model, images = make_model(), images_of(1, 40, 40)
+    expected = logits_by(model, images)
+    context = multiprocessing.get_context("fork")
+
+    def child():
+        os._exit(0 if torch.equal(logits_by(model, images), expected) else 1)
+
+    with native._lock:
+        process = context.Process(target=child)
+        process.start()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def test_seconds_of():
@@ -434,8 +556,8 @@ def test_seconds_of():
 
 # --------------------------------------------------------------------------- the binding
 def shape_and_addresses(model):
-    shape = native._shape(model)
-    return shape, {name: tensor.data_ptr() for name, tensor in native._tensors(model)}
+    shape, parameters, _ = describe(model)
+    return shape, {name: (t.data_ptr(), t.numel()) for name, t in parameters.items()}
 
 
 @pytest.mark.parametrize(
@@ -445,8 +567,12 @@ def shape_and_addresses(model):
         ({"width": 0}, "sizes must be positive"),
         ({"heads": 3}, "width: expected heads of 32, 64 or 128 channels"),
         ({"decoder_heads": 64}, "decoder_width: expected heads of 32"),
-        ({"patch": 3}, "a multiple of 4 inputs"),
+        ({"patch": 3}, "patch_embed.proj.weight: expected 1728 numbers, got 12288"),
         ({"depth": 3}, "no parameter encoder.blocks.2.norm1.weight"),
+        ({"hidden": 128}, "encoder.blocks.0.mlp.fc1.weight: expected 8192 numbers, got 16384"),
+        ({"hidden": 100}, "hidden: expected a multiple of 32"),
+        ({"classes": 4}, "decoder.cls_emb: expected 256 numbers, got 320"),
+        ({"extra_tokens": -5}, "sizes must not be negative"),
     ],
 )
 def test_binding_rejects_bad_shapes(change, message):
@@ -460,6 +586,10 @@ def test_binding_rejects_bad_shapes(change, message):
 def test_binding_rejects_other_input():
     model = make_model()
     shape, addresses = shape_and_addresses(model)
+    address, _ = addresses["encoder.patch_embed.proj.weight"]
+    odd = addresses | {"encoder.patch_embed.proj.weight": (address, 3 * 3 * 3 * 64)}
+    with pytest.raises(ValueError, match="a multiple of 4 inputs"):
+        _C.Network(shape | {"patch": 3}, odd, "float32", set(), 1)
     with pytest.raises(ValueError, match="quantized: expected qkv, proj, fc1 or fc2, got head"):
         _C.Network(shape, addresses, "float32", {"head"}, 1)
     with pytest.raises(ValueError, match="dtype"):

@@ -55,8 +55,8 @@ Returns:
       R"(The SIMD level that the kernels use now.
 
 Returns:
-    "generic", "avx2", "avx512", "avx512_vnni" or "avx512_bf16": the best that was compiled in and that the CPU has, or what the
-    environment variable SEGMENTER_FAST_SIMD asks for.
+    "generic", "avx2", "avx512", "avx512_vnni" or "avx512_bf16": the best that was compiled in and
+    that the CPU has, or what the environment variable SEGMENTER_FAST_SIMD asks for.
 Raises:
     ValueError: SEGMENTER_FAST_SIMD names an unknown level.
     RuntimeError: it names a level that this build or this CPU lacks.)");

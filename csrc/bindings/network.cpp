@@ -41,6 +41,9 @@ NetworkShape read_shape(const py::dict& d) {
   for (int64_t size : {s.channels, s.patch, s.width, s.depth, s.hidden, s.classes}) {
     if (size < 1) throw std::invalid_argument("shape: sizes must be positive");
   }
+  if (s.extra_tokens < 0 || s.decoder_depth < 0) {
+    throw std::invalid_argument("shape: sizes must not be negative");
+  }
   return s;
 }
 
@@ -81,20 +84,22 @@ Args:
     shape: channels, patch, extra_tokens, width, depth, heads, hidden, block_eps, norm_eps, classes,
         decoder_depth (0: the linear decoder) and with a mask transformer decoder_width,
         decoder_heads, decoder_hidden, decoder_block_eps, decoder_norm_eps, mask_eps.
-    parameters: addresses of contiguous float32 parameters by their names in the model; they are
-        read now and not needed afterwards.
+    parameters: addresses and counts of contiguous float32 parameters by their names in the model;
+        they are read now and not needed afterwards.
     dtype: "float32" or "bfloat16", of what goes into matrix products.
     quantized: kinds of layers that are taken in int8, of "qkv", "proj", "fc1", "fc2".
     threads: to pack with.
 Raises:
-    ValueError: a size that kernels do not take, a parameter that is missing, an unknown kind.
+    ValueError: a size that kernels do not take, a parameter that is missing or has another number
+        of elements, an unknown kind.
     RuntimeError: int8 on a CPU without AVX-512 VNNI; see simd_level for the environment variable.)")
-      .def(py::init([](const py::dict& shape, const std::map<std::string, uintptr_t>& addresses,
+      .def(py::init([](const py::dict& shape,
+                       const std::map<std::string, std::pair<uintptr_t, int64_t>>& addresses,
                        const std::string& dtype, const std::set<std::string>& quantized,
                        int threads) {
              Parameters parameters;
-             for (const auto& [name, address] : addresses) {
-               parameters[name] = reinterpret_cast<const float*>(address);
+             for (const auto& [name, memory] : addresses) {
+               parameters[name] = {reinterpret_cast<const float*>(memory.first), memory.second};
              }
              const NetworkShape sizes = read_shape(shape);
              const ElementType type = choose("dtype", dtype, kElementTypes);
@@ -135,7 +140,9 @@ Args:
 Returns:
     Seconds by part, averaged over the threads: embed, attention, linear, norm, head; empty unless
     timed.)")
-      .def_property_readonly("bytes", &Network::bytes, "Bytes that the packed weights take.");
+      .def_property_readonly("bytes", &Network::bytes, "Bytes that the packed weights take.")
+      .def_property_readonly("kept", &Network::kept,
+                             "Bytes of activations that are kept for the next calls.");
 
   m.def(
       "sample",
@@ -150,7 +157,7 @@ Returns:
       R"(A number that changes when memory does, looked at here and there.
 
 Args:
-    pointers: addresses.
+    pointers: addresses; their memory must be held.
     bytes: how many there are at each.
     most: to look at, of each: all if that suffices, otherwise lines of 64 spread evenly.
 Returns:

@@ -6,17 +6,14 @@
 
 #include "attention_kernel.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace segmenter {
 namespace {
 
-constexpr int64_t kTileRows = 6;
-
 // Blocks of equal size, in whole tiles, so that the last one is not short.
 int64_t query_block(int64_t N) {
-  const int64_t tiles = (N + kTileRows - 1) / kTileRows;
-  const int64_t blocks = (N + kQueryBlock - 1) / kQueryBlock;
-  return (tiles + blocks - 1) / blocks * kTileRows;
+  return divide_up(divide_up(N, kTileRows), divide_up(N, kQueryBlock)) * kTileRows;
 }
 
 }  // namespace
@@ -39,23 +36,16 @@ void attention(const Attention& call, AttentionMemory& memory) {
   const int64_t element = call.type == ElementType::float32 ? 4 : 2;
   const int64_t heads = call.B * call.H;
   const int64_t words = kernels.packed_words(call.N);
-  const int64_t key_blocks = (call.N + kKeyBlock - 1) / kKeyBlock;
+  const int64_t key_blocks = divide_up(call.N, kKeyBlock);
   const int64_t block = query_block(call.N);
-  const int64_t query_blocks = (call.N + block - 1) / block;
+  const int64_t query_blocks = divide_up(call.N, block);
   const int threads = std::max(call.threads, 1);
 
-  const auto grow = [](auto& memory, int64_t size) {
-    if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
-  };
-  grow(memory.keys, heads * words + 16);
-  grow(memory.values, heads * words + 16);
-  grow(memory.squares, heads * key_blocks);
-  grow(memory.sizes, heads * key_blocks);
-  grow(memory.work, threads);
-  const auto aligned = [](std::vector<uint32_t>& memory) {
-    return reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-  };
-  uint32_t *keys = aligned(memory.keys), *values = aligned(memory.values);
+  uint32_t* keys = memory.keys.room<uint32_t>(heads * words);
+  uint32_t* values = memory.values.room<uint32_t>(heads * words);
+  float* squares = memory.squares.room<float>(heads * key_blocks);
+  float* sizes = memory.sizes.room<float>(heads * key_blocks);
+  if (static_cast<int>(memory.work.size()) < threads) memory.work.resize(threads);
 
   const auto view = [&](int64_t head) {
     const int64_t b = head / call.H, h = head % call.H;
@@ -69,8 +59,8 @@ void attention(const Attention& call, AttentionMemory& memory) {
     view.N = call.N;
     view.keys = keys + head * words;
     view.values = values + head * words;
-    view.squares = memory.squares.data() + head * key_blocks;
-    view.sizes = memory.sizes.data() + head * key_blocks;
+    view.squares = squares + head * key_blocks;
+    view.sizes = sizes + head * key_blocks;
     view.out = static_cast<char*>(call.out) + (b * call.N * call.H + h) * call.D * element;
     view.out_stride = call.H * call.D;
     view.scale = call.scale;
@@ -81,10 +71,9 @@ void attention(const Attention& call, AttentionMemory& memory) {
     kernels.pack(view(task / key_blocks), task % key_blocks);
   });
   parallel_for(heads * query_blocks, threads, [&](int64_t task, int worker) {
-    std::vector<uint32_t>& work = memory.work[worker];
-    grow(work, kernels.work_words);
+    uint32_t* work = memory.work[worker].room<uint32_t>(kernels.work_words);
     const int64_t first = task % query_blocks * block;
-    kernels.attend(view(task / query_blocks), first, std::min(block, call.N - first), work.data());
+    kernels.attend(view(task / query_blocks), first, std::min(block, call.N - first), work);
   });
 }
 

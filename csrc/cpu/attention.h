@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace segmenter {
@@ -34,9 +35,15 @@ struct Attention {
 
 // Memory that a call needs beside its tensors; one may serve many calls, one after another.
 struct AttentionMemory {
-  std::vector<uint32_t> keys, values;       // packed
-  std::vector<float> squares, sizes;        // of each tile of keys: largest |k|^2, largest |v|
-  std::vector<std::vector<uint32_t>> work;  // of each thread
+  Memory keys, values;       // packed
+  Memory squares, sizes;     // of each block of keys: largest |k|^2, and sum of lanes' largest |v|
+  std::vector<Memory> work;  // of each thread
+
+  int64_t size() const {
+    int64_t sum = keys.bytes() + values.bytes() + squares.bytes() + sizes.bytes();
+    for (const Memory& memory : work) sum += memory.bytes();
+    return sum;
+  }
 };
 
 // Results do not depend on the number of threads. NaN where a score is not finite.

@@ -6,19 +6,17 @@
 
 #include "attention_gradient_kernel.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace segmenter {
 namespace {
 
-constexpr int64_t kTileRows = 6;
 // A head's keys are divided into chunks where there are fewer heads than this: enough for the
 // threads of most machines, and for two to end at about the same time. The number must not depend
 // on that of the threads, or results would.
 constexpr int64_t kTasks = 32;
 // Each chunk has its own sums for dq, as large as three matrices of a head and a bit.
 constexpr int64_t kMostChunks = 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory without a value, which a std::vector would write first.
 template <typename T>
@@ -44,15 +42,15 @@ void attention_gradient(const AttentionGradient& call) {
       level.heads[static_cast<int>(call.type)][head_width_index(call.D)];
   const int64_t element = call.type == ElementType::float32 ? 4 : 2;
   const int64_t heads = call.B * call.H;
-  const int64_t strips = ceil_div(call.N, kStrip);
+  const int64_t strips = divide_up(call.N, kStrip);
   const int64_t padded = strips * kStrip;
   const int64_t words = kernels.packed_words(padded);
 
   // Blocks of keys of equal size, in whole tiles, and chunks of whole blocks.
-  const int64_t most_blocks = ceil_div(call.N, kGradientKeys);
-  const int64_t block = ceil_div(ceil_div(call.N, kTileRows), most_blocks) * kTileRows;
-  const int64_t blocks = ceil_div(call.N, block);
-  const int64_t chunks = std::min({blocks, ceil_div(kTasks, heads), kMostChunks});
+  const int64_t most_blocks = divide_up(call.N, kGradientKeys);
+  const int64_t block = divide_up(divide_up(call.N, kTileRows), most_blocks) * kTileRows;
+  const int64_t blocks = divide_up(call.N, block);
+  const int64_t chunks = std::min({blocks, divide_up(kTasks, heads), kMostChunks});
 
   const int threads = static_cast<int>(
       std::clamp<int64_t>(call.threads, 1, std::max(heads * chunks, heads * strips)));
@@ -96,7 +94,7 @@ void attention_gradient(const AttentionGradient& call) {
     view.partial = partial.get() + head * chunks * call.D * padded;
     return view;
   };
-  const int64_t query_blocks = ceil_div(call.N, kGradientQueries);
+  const int64_t query_blocks = divide_up(call.N, kGradientQueries);
   parallel_for(heads * query_blocks, threads, [&](int64_t task, int) {
     kernels.pack(view(task / query_blocks), task % query_blocks);
   });

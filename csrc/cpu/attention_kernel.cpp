@@ -12,6 +12,7 @@
 
 #include "attention_kernel.h"
 
+#include <cfloat>
 #include <cmath>
 
 #include "attention_parts.h"
@@ -22,6 +23,9 @@ namespace {
 
 // Largest bound on scores, in powers of two, for which no maximum is kept.
 constexpr float kLargestExponent = 96;
+// Least power of two that a probability times the largest values may be then, or too few bits of it
+// would be left.
+constexpr float kLeastExponent = -100;
 
 // Which lanes are below `count`.
 inline Words lanes_below(int64_t count) {
@@ -30,7 +34,8 @@ inline Words lanes_below(int64_t count) {
   return lanes;
 }
 
-// Stores probabilities, and adds to `sum` what they are when rounded.
+// Stores probabilities, and adds to `sum` what they are when rounded. Of an odd number of bfloat16
+// vectors a vector of zeros is stored behind the last: there is room, and what follows comes later.
 template <typename T, int Vectors>
 inline Floats keep(T* to, const Floats* values, Floats sum) {
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -163,7 +168,7 @@ struct Head {
     }
   }
 
-  // Calls f.template operator()<vectors>(key, lanes of the last vector) for panels of a block.
+  // Calls f(vectors, key, lanes of the last vector) for panels of a block; `vectors` is a constant.
   template <typename Function>
   static void for_panels(int64_t count, Function&& f) {
     for (int64_t key = 0; key < count; key += kPanel) {
@@ -254,14 +259,15 @@ struct Head {
     }
     const float factor = head.scale * static_cast<float>(kLog2E);
     const float bound = std::sqrt(q_square) * std::sqrt(k_square) * std::fabs(factor);
-    // Nor may sums of probabilities times values overflow. False for NaN. A single key comes with
-    // the probability 1 that it has where the largest score is subtracted.
-    const bool bounded =
-        head.N > 1 && bound <= kLargestExponent && bound + std::log2(head.N * (size + 1)) < 126;
+    // Nor may sums of probabilities times values overflow, or get lost. False for NaN. A single key
+    // comes with the probability 1 that it has where the largest score is subtracted.
+    const bool bounded = head.N > 1 && bound <= kLargestExponent &&
+                         bound + std::log2(head.N * (size + 1)) < 126 &&
+                         std::log2(size) - bound > kLeastExponent;
 
     std::memset(work.sums, 0, tiles * kRows * D * sizeof(float));
     std::memset(work.totals, 0, tiles * kRows * kFloats * sizeof(float));
-    for (int64_t i = 0; i < tiles * kRows; ++i) work.largest[i] = -1e30f;
+    for (int64_t i = 0; i < tiles * kRows; ++i) work.largest[i] = -FLT_MAX;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t begin = block * kKeyBlock;
       const int64_t keys_count = begin + kKeyBlock <= head.N ? kKeyBlock : head.N - begin;

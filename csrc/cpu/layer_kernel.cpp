@@ -251,6 +251,11 @@ int64_t spin_int8(int64_t rounds) {
 
 #endif
 
+// 1 / sqrt(variance + eps); NaN if the squares overflowed, which would pass for a large variance.
+inline float inverse_deviation(float squares, int64_t D, float eps) {
+  return 1 / std::sqrt(squares / D + eps) + (squares - squares);
+}
+
 template <typename T>
 void layer_norm(const float* x, int64_t rows, int64_t D, const float* weight, const float* bias,
                 float eps, T* out) {
@@ -263,7 +268,7 @@ void layer_norm(const float* x, int64_t rows, int64_t D, const float* weight, co
       const Floats centred = load(x + i) - mean;
       squares = squares + centred * centred;
     }
-    const float scale = 1 / std::sqrt(sum_of_lanes<float>(squares) / D + eps);
+    const float scale = inverse_deviation(sum_of_lanes<float>(squares), D, eps);
     const auto normed = [&](int64_t i) {
       return (load(x + i) - mean) * scale * load(weight + i) + load(bias + i);
     };
@@ -299,7 +304,7 @@ void norm_of_classes(const float* x, int64_t rows, int64_t K, const float* weigh
   for (int64_t row = 0; row < rows; ++row, out += K) {
     const float mean = total([](auto value) { return value; }) / K;
     const auto square = [mean](auto value) { return (value - mean) * (value - mean); };
-    const float scale = 1 / std::sqrt(total(square) / K + eps);
+    const float scale = inverse_deviation(total(square), K, eps);
     for (int64_t k = 0; k < K; ++k) out[k] = (x[k] - mean) * scale * weight[k] + bias[k];
     x += (K + kPanel - 1) / kPanel * kPanel;
   }
@@ -325,7 +330,7 @@ void read_patch(const float* image, int64_t channels, int64_t H, int64_t W, int6
 
 template <typename T>
 int64_t spin(int64_t rounds) {
-  // Different sums and a factor that changes, or the compiler would see that the products are alike.
+  // Different sums and a changing factor, or the compiler would see that the products are alike.
   Tile<kVectors> sums;
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) sums[r][v] = splat(1.0f * (r * kVectors + v));

@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cmath>
 #include <mutex>
@@ -10,24 +11,25 @@
 #include "layer_kernel.h"
 #include "memory.h"
 #include "parallel.h"
+#include "tiles.h"
 
 namespace segmenter {
 namespace {
 
-constexpr int64_t kTileRows = 6;
 // Tiles of rows that pass through a block's layers together: few enough that their activations stay
 // in a core's second cache, many enough that reading the weights does not count.
 constexpr int64_t kBlockTiles = 14;
-// Memory for activations that is kept for the next call.
+// Memory for activations that a network keeps for its next calls, and of how many at once.
 constexpr int64_t kKeptBytes = int64_t{256} << 20;
+constexpr int kKeptWorkspaces = 16;
+// Of a layer in int8: sums of products of a byte and a signed byte are counted in 32 bits.
+constexpr int64_t kMostInt8Inputs = int64_t{1} << 16;
 
 using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows cut into blocks of whole tiles, as even as can be, and as many for each thread.
 class RowBlocks {
@@ -101,8 +103,10 @@ class NetworkOf : public Network {
            s.decoder_block_eps);
       fill(decoder_norm_, "decoder.decoder_norm", width, s.decoder_norm_eps);
       // These two are parameters by themselves, and multiply from the right.
-      pack(patch_projection_, parameter("decoder.proj_patch"), nullptr, 1, width, width, width);
-      pack(class_projection_, parameter("decoder.proj_classes"), nullptr, 1, width, width, width);
+      const float* patches = parameter("decoder.proj_patch", width * width);
+      const float* classes = parameter("decoder.proj_classes", width * width);
+      pack(patch_projection_, patches, nullptr, 1, width, width, width);
+      pack(class_projection_, classes, nullptr, 1, width, width, width);
       copy(class_tokens_, "decoder.cls_emb", s.classes * width);
       fill(mask_norm_, "decoder.mask_norm", s.classes, s.mask_eps);
     }
@@ -120,6 +124,11 @@ class NetworkOf : public Network {
       }
     }
     return sum;
+  }
+
+  int64_t kept() const override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return idle_bytes_;
   }
 
   void run(const float* images, int64_t B, int64_t H, int64_t W, const float* positions,
@@ -153,31 +162,41 @@ class NetworkOf : public Network {
     std::vector<Scratch> scratch;
     std::vector<Seconds> spent;
 
-    int64_t bytes() const {
-      int64_t sum = 4 * (attention.keys.capacity() + attention.values.capacity());
+    int64_t size() const {
+      int64_t sum = attention.size();
       for (const Memory* m : {&tokens, &decoder_tokens, &qkv, &attended, &unit_patches,
                               &unit_classes, &class_panels}) {
         sum += m->bytes();
+      }
+      for (const Scratch& s : scratch) {
+        for (const Memory* m :
+             {&s.rows, &s.hidden, &s.floats, &s.bytes, &s.row_scales, &s.row_lows}) {
+          sum += m->bytes();
+        }
       }
       return sum;
     }
   };
 
-  // A workspace of one's own for as long as a call takes.
+  // A workspace of one's own for as long as a call takes. It never waits for the mutex, which a
+  // forked child may have inherited locked by a thread that it does not have.
   struct Lease {
     explicit Lease(NetworkOf& network) : network(network) {
-      std::lock_guard<std::mutex> lock(network.mutex_);
-      if (network.idle_.empty()) {
-        workspace = std::make_unique<Workspace>();
+      std::unique_lock<std::mutex> lock(network.mutex_, std::try_to_lock);
+      if (lock && network.idle_count_ > 0) {
+        workspace = std::move(network.idle_[--network.idle_count_]);
+        network.idle_bytes_ -= workspace->size();
       } else {
-        workspace = std::move(network.idle_.back());
-        network.idle_.pop_back();
+        workspace = std::make_unique<Workspace>();
       }
     }
     ~Lease() {
-      if (workspace->bytes() > kKeptBytes) return;
-      std::lock_guard<std::mutex> lock(network.mutex_);
-      network.idle_.push_back(std::move(workspace));
+      const int64_t size = workspace->size();
+      std::unique_lock<std::mutex> lock(network.mutex_, std::try_to_lock);
+      if (!lock || network.idle_count_ == kKeptWorkspaces) return;
+      if (network.idle_bytes_ + size > kKeptBytes) return;
+      network.idle_bytes_ += size;
+      network.idle_[network.idle_count_++] = std::move(workspace);
     }
     NetworkOf& network;
     std::unique_ptr<Workspace> workspace;
@@ -213,14 +232,18 @@ class NetworkOf : public Network {
     }
   }
 
-  const float* parameter(const std::string& name) const {
+  const float* parameter(const std::string& name, int64_t count) const {
     const auto found = parameters_->find(name);
     if (found == parameters_->end()) throw std::invalid_argument("no parameter " + name);
-    return found->second;
+    if (found->second.count != count) {
+      throw std::invalid_argument("parameter " + name + ": expected " + std::to_string(count) +
+                                  " numbers, got " + std::to_string(found->second.count));
+    }
+    return found->second.data;
   }
 
   void copy(std::vector<float>& to, const std::string& name, int64_t count) const {
-    const float* from = parameter(name);
+    const float* from = parameter(name, count);
     to.assign(from, from + count);
   }
 
@@ -233,11 +256,13 @@ class NetworkOf : public Network {
   void fill(Layer& layer, const std::string& name, int64_t in, int64_t out,
             bool int8 = false) const {
     layer.int8 = int8;
-    pack(layer, parameter(name + ".weight"), parameter(name + ".bias"), in, 1, in, out);
+    const float* weight = parameter(name + ".weight", in * out);
+    pack(layer, weight, parameter(name + ".bias", out), in, 1, in, out);
   }
 
   void fill(Stage& stage, const std::string& name, int64_t depth, int64_t width, int64_t heads,
             int64_t hidden, float eps) const {
+    if (hidden % 32) throw std::invalid_argument("hidden: expected a multiple of 32");
     stage.width = width;
     stage.heads = heads;
     stage.hidden = hidden;
@@ -259,6 +284,9 @@ class NetworkOf : public Network {
             int64_t stride_in, int64_t in, int64_t out) const {
     // Four bytes are a word.
     if (in % 4) throw std::invalid_argument("expected layers of a multiple of 4 inputs");
+    if (layer.int8 && in > kMostInt8Inputs) {
+      throw std::invalid_argument("int8: expected layers of 65536 inputs at most");
+    }
     const int64_t panel = kernels_.panel, panels = divide_up(out, panel);
     const int64_t panel_words = panel * in / (layer.int8 ? 4 : kernels_.per_word);
     layer.in = in;
@@ -339,7 +367,7 @@ class NetworkOf : public Network {
   }
 
   // All blocks of a stage, in place.
-  void run(const Call& call, const Stage& stage, int64_t B, int64_t N, float* tokens) const {
+  void transform(const Call& call, const Stage& stage, int64_t B, int64_t N, float* tokens) const {
     const int64_t width = stage.width, rows = B * N;
     T* qkv = call.work.qkv.template room<T>((rows + kTileRows) * 3 * width);
     T* attended = call.work.attended.template room<T>((rows + kTileRows) * width);
@@ -409,7 +437,7 @@ class NetworkOf : public Network {
       std::copy(from, from + rows * s.width, to);
       kernels_.linear(read, pixels, rows, embedding_, After::add, to, s.width);
     });
-    run(call, encoder_, B, N, tokens);
+    transform(call, encoder_, B, N, tokens);
 
     const bool mask = s.decoder_depth > 0;
     const int64_t M = patches + s.classes, width = s.decoder_width;
@@ -431,7 +459,7 @@ class NetworkOf : public Network {
     for (int64_t b = 0; b < B; ++b) {
       std::copy(class_tokens_.begin(), class_tokens_.end(), joined + (b * M + patches) * width);
     }
-    run(call, decoder_, B, M, joined);
+    transform(call, decoder_, B, M, joined);
     masks(call, B, patches, joined, logits);
   }
 
@@ -499,8 +527,10 @@ class NetworkOf : public Network {
   Norm norm_, decoder_norm_, mask_norm_;
   std::vector<float> class_tokens_;
 
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Workspace>> idle_;
+  mutable std::mutex mutex_;  // of these
+  std::array<std::unique_ptr<Workspace>, kKeptWorkspaces> idle_;
+  int idle_count_ = 0;
+  int64_t idle_bytes_ = 0;
 };
 
 }  // namespace

@@ -31,8 +31,14 @@ struct NetworkShape {
   float decoder_block_eps, decoder_norm_eps, mask_eps;
 };
 
-// Addresses of the contiguous float32 parameters by the model's names for them.
-using Parameters = std::map<std::string, const float*>;
+// Contiguous float32 numbers of the caller's.
+struct Numbers {
+  const float* data;
+  int64_t count;
+};
+
+// Parameters by the model's names for them.
+using Parameters = std::map<std::string, Numbers>;
 
 // Where a call's time goes, in this order: seconds, averaged over its threads.
 enum class Part { embed, attention, linear, norm, head, count };
@@ -43,20 +49,25 @@ class Network {
   virtual ~Network() = default;
 
   // Logits (B, patches, K), contiguous, of images (B, channels, H, W), contiguous. `positions` are
-  // (extra + patches, width) embeddings, to which those of the extra tokens have been added.
+  // (extra + patches, width) numbers that tokens begin with: the position embeddings, and in the
+  // first rows those of the class and the distillation token plus these tokens themselves.
   // Results do not depend on the number of threads. May be called from several threads at once.
   virtual void run(const float* images, int64_t B, int64_t H, int64_t W, const float* positions,
                    float* logits, int threads, Seconds* seconds) = 0;
 
   // Of the packed weights.
   virtual int64_t bytes() const = 0;
+
+  // Of activations that are kept for the next calls.
+  virtual int64_t kept() const = 0;
 };
 
 // Packs the parameters, which are not needed afterwards. `quantized` are the kinds of layers of the
 // blocks that are taken in int8: of "qkv", "proj", "fc1", "fc2".
 //
 // Raises std::invalid_argument for sizes that the kernels do not take or a parameter that is
-// missing, std::runtime_error for int8 on a level that has no instruction for it.
+// missing or has another size, std::runtime_error for int8 on a level that has no instruction for
+// it.
 std::unique_ptr<Network> make_network(const NetworkShape& shape, const Parameters& parameters,
                                       ElementType type, const std::set<std::string>& quantized,
                                       SimdLevel simd, int threads);

@@ -1,4 +1,4 @@
-// Brings patch logits into the order in which kernels read them. For kernels only.
+// Brings patch logits into the order in which the dense head's kernels read them. For kernels only.
 #pragma once
 
 #include <cstdint>

@@ -19,12 +19,13 @@
 #endif
 
 #include "bfloat16.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace segmenter {
 namespace {
 
-constexpr int kRows = 6;
+constexpr int kRows = kTileRows;
 constexpr int kVectors = SEGMENTER_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kFloats = kLanes<float>;
 constexpr int kPanel = kVectors * kFloats;
