@@ -1,6 +1,7 @@
 """What the pages show works: their Python and their commands run, on small data, as written.
 
-A block after an HTML comment "not run: ..." needs a GPU, a download or somebody's data.
+README's, too, as far as they are Python or `segmenter-fast`. A block after an HTML comment
+"not run: ..." needs a GPU, a download or somebody's data.
 """
 
 import re
@@ -25,12 +26,21 @@ PAGES = [
     "cpu",
     "kernels",
 ]  # analyses: its own test
+WITHOUT_PICTURE = {"cpu", "kernels"}
+# How many of a page's pictures its blocks draw.
+DRAWN = {"quick-start": 1, "checkpoints": 1, "evaluation": 1, "own-data": 1}
 BLOCK = re.compile(r"(<!-- not run:.*?-->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
 # A page shows what is sensible, a test has no hour.
 SHORTER = {
     "--epochs 50": "--steps 1 --batch-size 1",
     "--image-size 256": "--image-size 64",
     "--model Seg-T-Mask/16": "--model Seg-N-Mask/16",
+    "segmenter-fast demo": "segmenter-fast demo --size 48,64 --scenes 1 --repeats 1",
+}
+SMALLER = {
+    "Seg-S-Mask/16": "Seg-N-Mask/16",
+    "image_size=512": "image_size=64",
+    ', pretrained="S_16-i21k.npz"': "",  # a download
 }
 
 
@@ -58,27 +68,72 @@ def somewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def blocks(page):
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+def blocks(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
     return [(kind, code) for skipped, kind, code in BLOCK.findall(text) if not skipped]
+
+
+def pictures(page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text)
+
+
+def shown(line, shorter):
+    for long, short in shorter.items():
+        line = line.replace(long, short)
+    return line
+
+
+def run_command(line):
+    result = CliRunner().invoke(app, shlex.split(shown(line, SHORTER))[1:])
+    assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_page(somewhere, page):
-    """Blocks run in their order, those of Python in one namespace."""
-    names, found = {}, blocks(page)
+    """Blocks run in their order, those of Python in one namespace, and draw the page's pictures."""
+    names, found = {}, blocks(f"docs/{page}.md")
     assert found
     for kind, code in found:
         if kind == "python":
             exec(compile(code, f"{page}.md", "exec"), names)
             continue
         for line in code.splitlines():
-            for long, short in SHORTER.items():
-                line = line.replace(long, short)
-            program, *words = shlex.split(line)
+            program = line.split()[0]
             assert program == "segmenter-fast", f"{page}.md runs {line!r} in a test"
-            result = CliRunner().invoke(app, words)
-            assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+            run_command(line)
+    drawn = [name for name in pictures(page) if Path(name).exists()]
+    assert len(drawn) >= DRAWN.get(page, 0)
+    for name in drawn:
+        with Image.open(name) as new, Image.open(ROOT / "docs" / name) as old:
+            assert new.size == old.size, name
+
+
+def test_readme(somewhere):
+    """Its Python runs on less; of its commands those that are not of pip, pytest or torchrun."""
+    image, target = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    names, ran = {"loader": [(image, target)]}, 0
+    for kind, code in blocks("README.md"):
+        if kind == "python":
+            exec(compile(shown(code, SMALLER), "README.md", "exec"), names)
+            ran += 1
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                if command.split()[:1] == ["segmenter-fast"]:
+                    run_command(command)
+                    ran += 1
+    assert ran >= 3
+
+
+@pytest.mark.parametrize("page", sorted(page.stem for page in ROOT.glob("docs/*.md")))
+def test_page_has_a_picture(page):
+    """A page that says what comes out shows it, in files that are there and no burden."""
+    found = pictures(page)
+    assert found or page in WITHOUT_PICTURE
+    for name in found:
+        size = (ROOT / "docs" / name).stat().st_size
+        assert 0 < size < (1_000_000 if "benchmarks" in name else 300_000), name
 
 
 def test_links_lead_somewhere():
