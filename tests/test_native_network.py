@@ -156,6 +156,44 @@ def test_every_simd_level(level, precision, monkeypatch):
         assert (logits - exact).norm() / (exact - exact.mean()).norm() < 0.15
 
 
+class Quantized(torch.nn.Linear):
+    """What int8 stands for: bytes for each token's inputs, and for each output's weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.abs().amax(1, keepdim=True) / 127
+        weight = torch.round(self.weight / scale) * scale
+        low = x.amin(-1, keepdim=True)
+        step = (x.amax(-1, keepdim=True) - low) / 255
+        return torch.nn.functional.linear(
+            torch.floor((x - low) / step + 0.5) * step + low, weight, self.bias
+        )
+
+
+@pytest.mark.skipif(not HAS_INT8, reason="no AVX-512 VNNI")
+@pytest.mark.parametrize("kinds", [*sorted(QUANTIZED), None])
+def test_int8_is_the_quantisation_that_it_says(kinds, monkeypatch):
+    """Each kind of layer by itself and all of them, with float32 for the rest."""
+    monkeypatch.setenv("SEGMENTER_FAST_SIMD", "avx512_vnni")
+    kinds = QUANTIZED if kinds is None else {kinds}
+    # One block: what is rounded the other way is not rounded again and again.
+    model, images = make_model("linear", n_cls=70, width=128, depth=1), images_of(2, 40, 56)
+    with torch.no_grad():  # outputs and inputs of various sizes
+        for name, parameter in model.named_parameters():
+            if ".blocks." in name and parameter.ndim == 2:
+                parameter.mul_(torch.linspace(0.5, 2, len(parameter))[:, None])
+    quantized = copy.deepcopy(model)
+    [block] = quantized.encoder.blocks
+    for kind in kinds:
+        owner = block.attn if kind in ("qkv", "proj") else block.mlp
+        getattr(owner, kind).__class__ = Quantized
+    model.quantized = kinds
+    logits = logits_by(model, images, "int8")
+    exact = by_layers(model, images, torch.float64)
+    expected = by_layers(quantized, images, torch.float64)
+    # A sum that is rounded the other way is one step of a byte, here and there.
+    assert (logits - expected).norm() < 0.2 * (expected - exact).norm()
+
+
 def test_the_specification():
     """Held to the mathematics that shares no code with the modules, too."""
     model, images = make_model(n_cls=7), images_of(2, 37, 61)
