@@ -1,5 +1,6 @@
 """`segmenter-fast tradeoff`; importing this adds it to the command line."""
 
+import platform
 from pathlib import Path
 from typing import Annotated
 
@@ -181,6 +182,7 @@ def tradeoff(
     import torch
 
     from segmenter_fast import tradeoff as work
+    from segmenter_fast.backend import native_module
     from segmenter_fast.figures import tradeoff_figure
 
     if counts[0] != 1 or list(counts) != sorted(set(counts)):
@@ -211,6 +213,10 @@ def tradeoff(
         "backend": backend.value,
         "torch": torch.__version__,
         "segmenter_fast": _version_of("segmenter_fast"),
+        "native": native_module().simd_level() if chosen.type == "cpu" else None,
+        "python": platform.python_version(),
+        "passes": passes,
+        "batches": counts,
     }
     others = []
     if peers is not None:
@@ -239,17 +245,19 @@ def tradeoff(
     heading = [
         f"# Images per second against mIoU: {title}",
         "",
-        "Made by `segmenter-fast tradeoff`. Images per second: images to label maps, batch 1, "
-        "random weights, medians over passes; parts are shares of that time by PyTorch's "
-        "profiler. mIoU: as the last column says; that of published and small models is of "
-        "float32.",
+        f"Made by `segmenter-fast tradeoff`. Images per second: images to label maps, batch 1, "
+        f"random weights, medians over the calls of {passes} passes over all models. The best of "
+        f"the batches {', '.join(map(str, counts))}, which are tried while they gain. Parts are "
+        f"shares of the time of one call, counted by the one native call on a CPU and by "
+        f"PyTorch's profiler elsewhere. mIoU: as the last column says; that of published and "
+        f"small models is of float32.",
     ]
     if others:
         heading += [
             "",
-            "Other architectures are timed by `benchmarks/bench_peers.py` in the same way, by "
-            "PyTorch, eager or compiled, whichever is quicker. Recipes differ from source to "
-            "source: their mIoU is for orientation.",
+            "Other architectures, and some of these in PyTorch's own operators, are timed by "
+            "`benchmarks/bench_peers.py` in the same way, eager or compiled, whichever is quicker. "
+            "Recipes differ from source to source: their mIoU is for orientation.",
         ]
     # The figure last: what was measured is kept, whatever becomes of it.
     work.write_tables(output, rows, machine, "\n".join(heading))

@@ -465,7 +465,7 @@ def _tradeoff_legend(rows: Sequence[dict[str, Any]]) -> list:
     ]
     if len(ours) < len(rows):
         others = ", ".join(dict.fromkeys(r["precision"] for r in rows if not r["decoder"]))
-        label = f"other architectures, {others}"
+        label = f"others in PyTorch, {others}"
         marker = _DECODER_MARKERS[""]
         handles.append(Line2D([], [], color=_OTHER_COLOUR, ls="", marker=marker, label=label))
     return handles

@@ -23,6 +23,7 @@ class Published(NamedTuple):
         miou: at one scale; None where only several were published.
         miou_multiscale: with several scales and flips.
         source: who published it.
+        size: side of the crops and windows in pixels.
     """
 
     model: str
@@ -30,13 +31,14 @@ class Published(NamedTuple):
     miou: float | None
     miou_multiscale: float | None
     source: str
+    size: int = 512
 
 
 PUBLISHED = (
     Published("Seg-T-Mask/16", "ade20k", 38.1, 38.8, OFFICIAL),
     Published("Seg-S-Mask/16", "ade20k", 45.3, 46.9, OFFICIAL),
     Published("Seg-B-Mask/16", "ade20k", 48.5, 50.0, OFFICIAL),
-    Published("Seg-L-Mask/16", "ade20k", 51.8, 53.6, OFFICIAL),
+    Published("Seg-L-Mask/16", "ade20k", 51.8, 53.6, OFFICIAL, 640),
     Published("Seg-B/8", "ade20k", 49.5, 50.5, OFFICIAL),
     Published("Seg-B-DeiT/16", "ade20k", 47.1, 48.1, OFFICIAL),
     Published("Seg-B-DeiT-Mask/16", "ade20k", 48.7, 50.1, OFFICIAL),
@@ -44,6 +46,7 @@ PUBLISHED = (
     Published("Seg-B/32", "ade20k", 43.07, None, PAPER),
     Published("Seg-B/16", "ade20k", 48.06, None, PAPER),
     Published("Seg-L/16", "ade20k", 50.71, None, PAPER),
+    Published("Seg-L-Mask/16", "ade20k", 51.30, None, PAPER),
     # Other architectures, by the names that benchmarks/bench_peers.py has for them.
     Published("DeepLabv3+ ResNet-101, stride 8", "ade20k", 45.47, 46.35, MMSEG),
     Published("SETR-PUP ViT-L", "ade20k", 48.24, 49.99, MMSEG),
@@ -56,12 +59,14 @@ PUBLISHED = (
     Published("SegFormer B3", "ade20k", 47.82, 48.81, MMSEG),
     Published("SegFormer B4", "ade20k", 48.46, 49.76, MMSEG),
     Published("SegFormer B5", "ade20k", 49.13, 50.22, MMSEG),
-    Published("Seg-L-Mask/16", "pascal_context", 58.1, 59.0, OFFICIAL),
-    Published("Seg-L-Mask/16", "cityscapes", 79.1, 81.3, OFFICIAL),
+    Published("Seg-L-Mask/16", "pascal_context", 58.1, 59.0, OFFICIAL, 480),
+    Published("Seg-L-Mask/16", "cityscapes", 79.1, 81.3, OFFICIAL, 768),
 )
 
 
-def published(model: str, dataset: str = "ade20k") -> Published | None:
-    """What is published of a model on a data set; None if nothing is known here."""
-    found = (row for row in PUBLISHED if (row.model, row.dataset) == (model, dataset))
+def published(model: str, dataset: str = "ade20k", size: int = 512) -> Published | None:
+    """What is published of a model on a data set at a size; None if nothing is known here."""
+    found = (
+        row for row in PUBLISHED if (row.model, row.dataset, row.size) == (model, dataset, size)
+    )
     return next(found, None)

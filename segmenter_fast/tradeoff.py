@@ -40,6 +40,8 @@ PARTS = ("patch embedding", "attention", "linear layers", "head", "other")
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # Batches grow while they gain more than this.
 GAIN = 1.03
+IN_PYTORCH = " in PyTorch"
+"""Behind the names of variants that benchmarks/bench_peers.py runs without our kernels."""
 
 
 def variants() -> list[str]:
@@ -104,10 +106,10 @@ class Speed(NamedTuple):
 def published_tasks(
     names: Iterable[str], precisions: Iterable[str], size: int, num_classes: int
 ) -> list[Task]:
-    """Variants with what is published of them on ADE20K."""
+    """Variants with what is published of them on ADE20K, for images of just that size."""
     tasks = []
     for name, precision in itertools.product(names, precisions):
-        row = published(name)
+        row = published(name, size=size)
         known = row is not None and row.miou is not None
         tasks.append(
             Task(
@@ -231,7 +233,8 @@ def measure(
         )
     device = torch.device(device)
     single: list[list[float]] = [[] for _ in tasks]
-    best: list[tuple[float, int]] = [(0.0, 1)] * len(tasks)
+    best: list[int] = [1] * len(tasks)
+    batched: list[list[float]] = [[] for _ in tasks]
     parts: list[dict[str, float] | None] = [None] * len(tasks)
     reasons = [""] * len(tasks)
     for turn in range(passes):
@@ -250,7 +253,10 @@ def measure(
                 single[i] += [_seconds(model, x, device) for _ in range(repeats)]
                 if turn == 0:
                     parts[i] = _parts(model, x, device)
-                    best[i] = _best_batch(task, model, device, batches, seconds, single[i])
+                    one = statistics.median(single[i])
+                    best[i] = _best_batch(task, model, device, batches, seconds, one)
+                if best[i] > 1:
+                    batched[i] += _of_batch(task, model, device, best[i])
             except (RuntimeError, MemoryError) as error:  # such as one that has no room
                 reasons[i] = str(error).splitlines()[0][:120]
             finally:
@@ -264,23 +270,30 @@ def measure(
             results.append(Speed(None, reason=reasons[i]))
             continue
         one = 1 / statistics.median(single[i])
-        rate, batch = max(best[i], (one, 1))
-        results.append(Speed(one, rate, batch, parts[i]))
+        many = best[i] / statistics.median(batched[i]) if batched[i] else one
+        results.append(Speed(one, max(one, many), best[i] if many > one else 1, parts[i]))
     return results
 
 
-def _best_batch(task, model, device, batches, seconds, single) -> tuple[float, int]:
-    """(images per second, batch) of the best batch; larger ones are tried while they gain."""
-    best = (1 / statistics.median(single), 1)
+def _of_batch(task: Task, model, device: torch.device, batch: int, calls: int = 2) -> list[float]:
+    """Seconds of some calls, after one that warms up."""
+    x = _images(task, batch, model)
+    model.labels(x)
+    return [_seconds(model, x, device) for _ in range(calls)]
+
+
+def _best_batch(
+    task: Task, model, device: torch.device, batches: Sequence[int], seconds: float, one: float
+) -> int:
+    """The batch with the most images per second; larger ones are tried while they gain."""
+    best, best_rate = 1, 1 / one
     for batch in batches[1:]:
-        if 1.5 * batch / best[0] > seconds:
+        if 1.5 * batch / best_rate > seconds:
             break
-        x = _images(task, batch, model)
-        model.labels(x)
-        rate = batch / min(_seconds(model, x, device) for _ in range(2))
-        if rate < GAIN * best[0]:
+        rate = batch / statistics.median(_of_batch(task, model, device, batch, calls=3))
+        if rate < GAIN * best_rate:
             break
-        best = (rate, batch)
+        best, best_rate = batch, rate
     return best
 
 
@@ -419,7 +432,7 @@ def peer_rows(path: Path, device: str, threads: int | None) -> list[dict[str, An
         )
     rows = []
     for name, speed in speeds.items():
-        known = published(name)
+        known = published(name.removesuffix(IN_PYTORCH))
         row = dict.fromkeys(COLUMNS, "") | dict.fromkeys(PARTS)
         rows.append(
             row
