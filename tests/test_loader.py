@@ -1,6 +1,7 @@
 """The training loader: the same pictures whoever makes them, and after an interruption."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,19 @@ def test_errors_of_a_worker_name_the_file(tmp_path):
     for workers in (0, 1):
         with pytest.raises(ValueError, match=r"bad\.png holds label 9 at 600 pixels"):
             read(1, 2, data, workers=workers)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sender of a signal here")
+def test_sigterm_ends_a_worker_only_from_its_parent():
+    """Not from elsewhere, as in SLURM's last minutes; else the interpreter could never end."""
+    batches = iter(make_loader(small(), AUGMENTATION, 2, 8, workers=1))
+    next(batches)
+    [worker] = batches._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert sum(1 for _ in zip(batches, range(5), strict=False)) == 5 and worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def test_images_per_second():

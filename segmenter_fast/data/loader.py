@@ -6,7 +6,9 @@ sample is augmented with a generator seeded by (seed, epoch, index): neither the
 that makes it nor what was made before changes it.
 """
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -174,8 +176,20 @@ def make_loader(
 
 
 def _outlive_termination(worker: int) -> None:
-    # SLURM sends SIGTERM to workers, too, while training is still to finish a step and to save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Let SIGTERM end a worker only if its parent sends it, as at the interpreter's exit.
+
+    SLURM sends it to workers, too, while training is still to finish a step and to save.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, which knows no sender
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def images_per_second(seconds: Tensor, workers: int) -> float:
