@@ -1,10 +1,11 @@
 """Images per second of the other architectures: 512 x 512, K = 150, batch 1, random weights.
 
 Each is eager PyTorch in float32 and, with --with-compile, compiled; DeepLabv3+, which is all
-convolutions, is also laid out with the channels last. This project's kernel reads the labels off
-all logits, so that only the architectures differ. Beside each stands Seg-T-Mask/16, met by the same
-load of the machine: in plain PyTorch with its fused attention, a yardstick that compares
-architectures within one engine, and as this project runs it. A ratio is against the architecture.
+convolutions, is also laid out with the channels last. Segmenters in PyTorch's own operators are
+among them. This project's kernel reads the labels off all logits, so that only the architectures
+differ. Beside each stands Seg-T-Mask/16, met by the same load of the machine: in plain PyTorch with
+its fused attention, a yardstick that compares architectures within one engine, and as this project
+runs it. A ratio is against the architecture.
 """
 
 import copy
@@ -21,6 +22,15 @@ from peers.setr import SETRPUP, VIT
 
 from segmenter_fast import create_model
 from segmenter_fast.ops.upsample_argmax import upsample_argmax
+from segmenter_fast.tradeoff import IN_PYTORCH
+
+SEGMENTER = ("Seg-T-Mask/16", "Seg-S-Mask/16", "Seg-B-Mask/16")
+
+
+def in_pytorch(variant: str, n_cls: int) -> PatchLogits:
+    """A Segmenter in PyTorch's own operators, to set architectures side by side in one engine."""
+    return PatchLogits(plain(create_model(variant, num_classes=n_cls, image_size=SIZE)))
+
 
 ARCHITECTURES = {
     "DeepLabv3+ ResNet-101, stride 16": functools.partial(DeepLabV3Plus, output_stride=16),
@@ -29,6 +39,7 @@ ARCHITECTURES = {
     "SETR-PUP ViT-L": functools.partial(SETRPUP, **VIT["ViT-L"]),
     **{f"UPerNet {v}": functools.partial(UPerNetSwin, variant=v) for v in SWIN},
     **{f"SegFormer {v}": functools.partial(SegFormer, variant=v) for v in SEGFORMER},
+    **{f"{v}{IN_PYTORCH}": functools.partial(in_pytorch, v) for v in SEGMENTER},
 }
 ON_REQUEST = {f"UPerNet Swin-{v}" for v in "SBL"} | {f"SegFormer B{n}" for n in (1, 3, 4)}
 """Only with --all-peers."""

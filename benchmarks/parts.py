@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_model import images
-from harness import Work, ceilings, machine
+from harness import Work, ceilings, instruction_rate, machine
 from records import milliseconds, percent
 
 from segmenter_fast import BackendError, create_model
@@ -43,8 +43,6 @@ MODELS = ["Seg-T-Mask/16", "Seg-B-Mask/16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 """Of a number in each precision."""
-SECONDS = 0.3
-"""How long a rate of the processor is measured."""
 
 
 class Part(NamedTuple):
@@ -151,16 +149,13 @@ def peak(precision: str) -> tuple[float, str]:
     """Operations per second at best, a multiplication and an addition being two, and of what.
 
     Raises:
-        BackendError: this processor has no instructions for it.  ValueError: nothing here can tell.
+        BackendError: this processor has no instructions for it, and PyTorch no product.
     """
-    module = native_module()
-    if hasattr(module, "peak"):
-        rate = module.peak(precision, torch.get_num_threads(), SECONDS)
-        if rate == 0:
-            raise BackendError(f"this processor has no products in {precision}")
+    rate = instruction_rate(precision)
+    if rate:
         return rate, "instructions on registers"
     if precision not in DTYPES:
-        raise ValueError(f"PyTorch has no matrix product in {precision} to measure a rate by")
+        raise BackendError(f"this processor has no products in {precision}")
     return ceilings("cpu", DTYPES[precision]).flop_per_s, "matrix product"
 
 
