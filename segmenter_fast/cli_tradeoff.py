@@ -19,12 +19,14 @@ from segmenter_fast.cli import (
     RootOption,
     SceneSizeOption,
     ThreadsOption,
+    _check_folder,
     _classes_of,
     _cpu_name,
     _numbers,
     _prepare,
     _reported,
     _size,
+    _typed,
     _usage,
     _version_of,
     app,
@@ -72,6 +74,7 @@ def _measured(sources, data: Data, network_options, precisions, limit):
 @app.command(rich_help_panel=HELP_PANEL)
 @_reported
 def tradeoff(
+    ctx: typer.Context,
     output: Annotated[
         Path,
         typer.Option(
@@ -176,7 +179,10 @@ def tradeoff(
             _size("--scene-size", scene_size),
             data_seed,
         )
-        data.check()
+        data.check(_typed(ctx))
+    elif dataset is not None or root is not None:
+        raise _usage("--dataset", "is for measuring the mIoU of --weights, which are none")
+    _check_folder("--output", output)
     counts = tuple(_numbers("--batches", batches, int, "numbers such as 1,2,4"))
 
     import torch
@@ -227,7 +233,7 @@ def tradeoff(
         except ValueError as error:
             raise _usage("--peers", str(error)) from error
 
-    output.mkdir(parents=True, exist_ok=True)  # not after minutes, if it cannot be made
+    output.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         timed = bar.add_task("", total=passes * len(tasks))

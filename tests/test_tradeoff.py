@@ -310,6 +310,8 @@ def test_weights_are_measured(tmp_path):
         (("--batches", "2,4"), "must rise from 1"),
         (("--variants", "none", "--no-small"), "nothing to measure"),
         (("--weights", "street"), "--dataset"),
+        (("-w", "street", "--dataset", "camvid", "--root", ".", "--data-seed", 1), "--data-seed"),
+        (("--dataset", "scenes"), "is for measuring the mIoU of --weights"),
         (("--peers", "none.json"), "cannot be read"),
         (("--peers", "none.json", "--size", "64"), "--size 512"),
     ],
@@ -318,3 +320,10 @@ def test_bad_input(tmp_path, words, message):
     status = 1 if "Seg-X/16" in words else 2
     assert message in run("-o", tmp_path / "out", *words, status=status)
     assert not Path(tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that nobody can write into")
+def test_a_folder_that_cannot_be_written(monkeypatch):
+    """Before anything is timed."""
+    monkeypatch.setattr(tradeoff, "measure", lambda *_: pytest.fail("was timed"))
+    assert "cannot write into /proc" in run("-o", "/proc/none", *QUICK, status=1)
