@@ -29,7 +29,7 @@ from records import (
     read,
 )
 
-PAGE, PICTURE = "README.md", "ratios.svg"
+PAGE, PICTURE, MODELS = "README.md", "ratios.svg", "models.png"
 YARDSTICK = {"marker": "|", "ms": 8, "mew": 1.2, "mec": "black"}
 """How the picture marks one."""
 LABELS = {
@@ -273,6 +273,45 @@ def draw(records: Sequence[Record], path: Path) -> bool:
     return True
 
 
+def draw_models(record: Record, path: Path) -> bool:
+    """Draw images per second of whole models by contestant; False if there are none.
+
+    A panel for each model, a colour for each precision: strong for ours, pale for peers.
+    """
+    from matplotlib.figure import Figure
+
+    cases = {
+        case: [row for row in rows if row.images_per_s is not None]
+        for case, rows in record.cases.items()
+    }
+    names = list(dict.fromkeys(row.contestant for rows in cases.values() for row in rows))
+    if not names:
+        return False
+    precisions = list(dict.fromkeys(name.rsplit(", ", 1)[-1] for name in names))
+    names.sort(key=lambda name: precisions.index(name.rsplit(", ", 1)[-1]))  # keeps their order
+    colours = dict(zip(precisions, ("#2166ac", "#1b7837", "#b35806", "#762a83"), strict=False))
+
+    figure = Figure(figsize=(4.2 + 3.1 * len(cases), 1.1 + 0.27 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for axes, (case, rows) in zip(panels, cases.items(), strict=True):
+        for row in rows:
+            y = names.index(row.contestant)
+            colour = colours.get(row.contestant.rsplit(", ", 1)[-1], "#555555")
+            axes.barh(y, row.images_per_s, color=colour, alpha=0.9 if is_ours(row) else 0.35)
+            weight = "bold" if is_ours(row) else "normal"
+            text = f" {row.images_per_s:.3g}"
+            axes.text(row.images_per_s, y, text, va="center", fontsize=8, weight=weight)
+        axes.set_title(case.split(", ")[0], fontsize=10)
+        axes.set_xlabel("images per second", fontsize=9)
+        axes.set_xlim(0, 1.18 * max(row.images_per_s for row in rows))
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    return True
+
+
 # ------------------------------------------------------------------------------------- the command
 def write_page(folder: Path, picture: bool = True) -> list[Path]:
     """Write a folder's page, and its picture if asked for; return what was written.
@@ -289,7 +328,11 @@ def write_page(folder: Path, picture: bool = True) -> list[Path]:
     (folder / PAGE).write_text(
         page(records, folder.resolve().name, PICTURE if drawn else None), encoding="utf-8"
     )
-    return [folder / PAGE] + [folder / PICTURE] * drawn
+    written = [folder / PAGE] + [folder / PICTURE] * drawn
+    for record in records:
+        if picture and record.benchmark == "model" and draw_models(record, folder / MODELS):
+            written.append(folder / MODELS)
+    return written
 
 
 def report(

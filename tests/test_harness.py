@@ -795,6 +795,25 @@ def test_the_picture(modules, records, tmp_path):
     assert not (tmp_path / "c.svg").exists()
 
 
+def test_the_picture_of_whole_models(modules, records, tmp_path):
+    """Beside model.json alone, of what has images per second."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        records.Row("PyTorch, float32", 20, 18, 22, 1, 1, peer=True, images=1),
+        records.Row("absent, float32", *[None] * 5, not_run="no engine", images=1),
+        records.Row("ours, int8", 8, 7, 9, 2.5, 1, peer=False, images=1),
+    ]
+    record = records.Record("model", {}, {"Seg-T, 512": rows, "Seg-B, 512": rows[:1]})
+    records.write(record, tmp_path / "model.json")
+    records.write(replace(record, benchmark="other"), tmp_path / "other.json")
+    result = run(modules["report"].report, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".svg", ".png"}
+    assert (tmp_path / "models.png").stat().st_size > 5_000
+    untimed = replace(record, cases={"case": [replace(rows[0], images=None)]})
+    assert modules["report"].draw_models(untimed, tmp_path / "none.png") is False
+
+
 def test_no_page_without_results(modules, tmp_path):
     result = run(modules["report"].report, tmp_path, "--no-plot")
     assert result.exit_code == 2

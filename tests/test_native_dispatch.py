@@ -211,8 +211,13 @@ CHANGES = {
 }
 # Of these the layers themselves make nothing, or every time something else.
 NOT_COMPARED = {
-    _half_the_parameters, _wider_classes, _padded_patches, _a_slot_is_gone, _train, _one_layer_trains
-}  # fmt: skip
+    _half_the_parameters,
+    _wider_classes,
+    _padded_patches,
+    _a_slot_is_gone,
+    _train,
+    _one_layer_trains,
+}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
