@@ -280,9 +280,14 @@ def draw(grid, results, path: Path) -> None:
 
     questions = {name: answers(q, results) for name, q in grid["questions"].items()}
     columns = 2
-    lines = -(-len(questions) // columns)
-    figure = Figure(figsize=(10, 1.9 * lines), layout="constrained")
-    grid_of_axes = figure.subplots(lines, columns, squeeze=False)
+    counts = [max(3, len(rows)) for rows in questions.values()]
+    heights = [max(counts[i : i + columns]) for i in range(0, len(counts), columns)]
+    figure = Figure(
+        figsize=(10, sum(0.9 + 0.33 * height for height in heights)), layout="constrained"
+    )
+    grid_of_axes = figure.subplots(
+        len(heights), columns, squeeze=False, height_ratios=[0.9 + 0.33 * h for h in heights]
+    )
     for axes in grid_of_axes.flat[len(questions) :]:
         axes.remove()
     for axes, (name, rows) in zip(grid_of_axes.flat, questions.items(), strict=False):
