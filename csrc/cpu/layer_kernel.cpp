@@ -91,8 +91,15 @@ void multiply_rows(const T* x, int64_t x_stride, int64_t rows, const Linear& lay
 #pragma GCC unroll 6
           for (int r = 0; r < kRows; ++r) sums[r][v] = bias;
         }
-        multiply<T, kVectors>(sums, x + row * x_stride + begin * kPerWord<T>, x_stride, panel,
-                              kPanel, count);
+        const T* rows_from = x + row * x_stride + begin * kPerWord<T>;
+        // The first tiles fetch the next panel, a line at each step, while they have this one.
+        const int64_t tile = row / kRows;
+        if (tile < kPanel / kLineWords && column + kPanel < layer.out) {
+          const uint32_t* ahead = panel + steps * kPanel + tile * count * kLineWords;
+          multiply<T, kVectors, true>(sums, rows_from, x_stride, panel, kPanel, count, ahead);
+        } else {
+          multiply<T, kVectors>(sums, rows_from, x_stride, panel, kPanel, count);
+        }
         finish<T, after>(sums, rows - row, layer.out - column,
                          static_cast<char*>(out) + (row * out_stride + column) * element,
                          out_stride);

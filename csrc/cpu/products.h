@@ -29,6 +29,7 @@ constexpr int kRows = kTileRows;
 constexpr int kVectors = SEGMENTER_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr int kFloats = kLanes<float>;
 constexpr int kPanel = kVectors * kFloats;
+constexpr int kLineWords = 16;  // of a line of the caches
 
 using Floats = Values<float>;
 using Words = Integers<float>;
@@ -121,12 +122,14 @@ inline void clear(Tile<Vectors>& sums) {
 }
 
 // sums[r][v] += sum over steps of a[r][step] b[step][v]. Reads kRows rows of A, `stride` elements
-// apart, and the first Vectors vectors of each step of a panel of `panel` words.
-template <typename T, int Vectors>
+// apart, and the first Vectors vectors of each step of a panel of `panel` words. With Ahead, a line
+// of `ahead` is brought into the second cache at each step.
+template <typename T, int Vectors, bool Ahead = false>
 inline void multiply(Tile<Vectors>& sums, const T* a, int64_t stride, const uint32_t* b,
-                     int64_t panel, int64_t steps) {
+                     int64_t panel, int64_t steps, const uint32_t* ahead = nullptr) {
 #pragma GCC unroll 2
   for (int64_t step = 0; step < steps; ++step, b += panel, a += kPerWord<T>) {
+    if constexpr (Ahead) __builtin_prefetch(ahead + step * kLineWords, 0, 2);
     Words columns[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) columns[v] = load_words(b + v * kFloats);
