@@ -56,8 +56,11 @@ __all__ = [
 MIN_SECONDS = 5e-3
 """A quicker contestant is called several times in a row and its time divided."""
 PAUSE = 0.03
-"""Seconds at most between two contestants; no more than the one before took. OpenMP's threads wait
-for more work a few milliseconds before they sleep, and would take the next one's processors."""
+"""Seconds between two contestants. OpenMP's threads look for more work for several milliseconds
+before they sleep, and would take the next one's processors."""
+SETTLING = 0.015
+"""Seconds for which a quicker contestant runs untimed after the pause: processors that were idle
+take up to ten milliseconds to be all at work, on virtual machines above all."""
 PEAK_SECONDS = 0.1
 """How long a rate of the processor is measured, each of a few times."""
 
@@ -141,8 +144,9 @@ def compare(
     for _ in range(rounds):
         shuffle(order)
         for name in order:
+            time.sleep(PAUSE)
+            _settle(contestants[name], calls[name])
             seconds[name].append(_seconds(contestants[name], calls[name]))
-            time.sleep(min(PAUSE, calls[name] * seconds[name][-1]))
 
     peer_names = list(contestants)[:peers]
     kind_of = {name: None if kind is None else kind(name) for name in contestants}
@@ -207,6 +211,13 @@ def _seconds(function: Callable[[], Any], calls: int) -> float:
         function()
     _synchronize()
     return (time.perf_counter() - start) / calls
+
+
+def _settle(function: Callable[[], Any], calls: int) -> None:
+    """Run a contestant of which `calls` make a measurement, if it is a quick one."""
+    stop = time.perf_counter() + SETTLING
+    while calls > 1 and time.perf_counter() < stop:
+        function()
 
 
 def _quantile(values: Sequence[float], q: float) -> float:

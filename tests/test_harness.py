@@ -129,6 +129,7 @@ def test_rounds_have_orders_of_their_own(harness, monkeypatch):
     monkeypatch.setattr(harness, "_seconds", lambda function, calls: function() or 0.01)
     monkeypatch.setattr(harness, "peak_mib", lambda *_: None)
     monkeypatch.setattr(harness.time, "sleep", slept.append)
+    monkeypatch.setattr(harness, "_settle", lambda *_: None)
     names = "abcd"
 
     def orders():
@@ -140,16 +141,16 @@ def test_rounds_have_orders_of_their_own(harness, monkeypatch):
     assert len(first) == 20 and {"".join(sorted(order)) for order in first} == {names}
     assert len({order[order.index("a") - 1] for order in first if order[0] != "a"}) == 3
     assert first == orders()
-    # No pause is longer than what came before it.
-    assert slept == [0.01] * 160
+    assert slept == [harness.PAUSE] * 160
 
 
-def test_a_pause_ends(harness, monkeypatch):
-    slept = []
-    monkeypatch.setattr(harness, "_seconds", lambda function, calls: 2.0)
-    monkeypatch.setattr(harness.time, "sleep", slept.append)
-    harness.compare({"slow": lambda: 1}, rounds=1)
-    assert slept == [harness.PAUSE]
+def test_quick_contestants_settle_before_they_are_timed(harness, monkeypatch):
+    called = []
+    harness._settle(lambda: called.append(1), calls=1)  # slow enough by itself
+    assert not called
+    before = time.perf_counter()
+    harness._settle(lambda: called.append(1), calls=2)
+    assert called and time.perf_counter() - before >= harness.SETTLING
 
 
 def test_the_gpu_has_a_row(harness, monkeypatch):
