@@ -26,7 +26,6 @@ PAGES = [
     "cpu",
     "kernels",
 ]  # analyses: its own test
-WITHOUT_PICTURE = {"cpu", "kernels"}
 # How many of a page's pictures its blocks draw.
 DRAWN = {"quick-start": 1, "checkpoints": 1, "evaluation": 1, "own-data": 1}
 BLOCK = re.compile(r"(<!-- not run:.*?-->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
@@ -130,7 +129,7 @@ def test_readme(somewhere):
 def test_page_has_a_picture(page):
     """A page that says what comes out shows it, in files that are there and no burden."""
     found = pictures(page)
-    assert found or page in WITHOUT_PICTURE
+    assert found
     for name in found:
         size = (ROOT / "docs" / name).stat().st_size
         assert 0 < size < (1_000_000 if "benchmarks" in name else 300_000), name
