@@ -287,8 +287,12 @@ def draw_models(record: Record, path: Path) -> bool:
     names = list(dict.fromkeys(row.contestant for rows in cases.values() for row in rows))
     if not names:
         return False
-    precisions = list(dict.fromkeys(name.rsplit(", ", 1)[-1] for name in names))
-    names.sort(key=lambda name: precisions.index(name.rsplit(", ", 1)[-1]))  # keeps their order
+
+    def precision_of(name: str) -> str:
+        return name.rsplit(", ", 1)[-1]
+
+    precisions = list(dict.fromkeys(map(precision_of, names)))
+    names.sort(key=lambda name: precisions.index(precision_of(name)))  # keeps their order
     colours = dict(zip(precisions, ("#2166ac", "#1b7837", "#b35806", "#762a83"), strict=False))
 
     figure = Figure(figsize=(4.2 + 3.1 * len(cases), 1.1 + 0.27 * len(names)), layout="constrained")
@@ -296,7 +300,7 @@ def draw_models(record: Record, path: Path) -> bool:
     for axes, (case, rows) in zip(panels, cases.items(), strict=True):
         for row in rows:
             y = names.index(row.contestant)
-            colour = colours.get(row.contestant.rsplit(", ", 1)[-1], "#555555")
+            colour = colours.get(precision_of(row.contestant), "#555555")
             axes.barh(y, row.images_per_s, color=colour, alpha=0.9 if is_ours(row) else 0.35)
             weight = "bold" if is_ours(row) else "normal"
             text = f" {row.images_per_s:.3g}"

@@ -233,7 +233,6 @@ def tradeoff(
         except ValueError as error:
             raise _usage("--peers", str(error)) from error
 
-    output.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         timed = bar.add_task("", total=passes * len(tasks))
@@ -251,12 +250,12 @@ def tradeoff(
     heading = [
         f"# Images per second against mIoU: {title}",
         "",
-        f"Made by `segmenter-fast tradeoff`. Images per second: images to label maps, batch 1, "
+        "Made by `segmenter-fast tradeoff`. Images per second: images to label maps, batch 1, "
         f"random weights, medians over the calls of {passes} passes over all models. The best of "
         f"the batches {', '.join(map(str, counts))}, which are tried while they gain. Parts are "
-        f"shares of the time of one call, counted by the one native call on a CPU and by "
-        f"PyTorch's profiler elsewhere. mIoU: as the last column says; that of published and "
-        f"small models is of float32.",
+        "shares of the time of one call, counted by the one native call on a CPU and by "
+        "PyTorch's profiler elsewhere. mIoU: as the last column says; that of published and "
+        "small models is of float32.",
     ]
     if others:
         heading += [

@@ -303,7 +303,9 @@ def inference_logits(model: nn.Module, images: Tensor) -> Tensor | None:
         try:
             return _network_of(model, describe(model))(model, images)[0]
         except Unserved as error:
-            reason = error.about(model) if model.precision == "int8" else "unserved"
+            if model.precision != "int8":
+                return None
+            reason = error.about(model)
     if model.precision == "int8" and not torch.is_grad_enabled():
         raise BackendError(
             f"precision 'int8' is for inference with this library's own layers on a CPU: {reason}"
