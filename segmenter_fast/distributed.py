@@ -102,6 +102,11 @@ def local_gpu(launch: Launch, count: int) -> int:
 
 def join(launch: Launch, device: torch.device) -> None:
     """Meet the other processes; NCCL speaks between GPUs, gloo else."""
+    # Its functions have the group of all processes as a default argument, read at import. Imported
+    # later, by PyTorch's compiler for one, they would hold the group made here beyond `leave`, and
+    # threads of gloo that are alive when the interpreter ends can abort the process.
+    import torch.distributed.nn.functional
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

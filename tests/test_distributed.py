@@ -1,4 +1,10 @@
-"""How torchrun and srun describe their processes, and what is refused."""
+"""How torchrun and srun describe their processes, what is refused, and that none stays joined."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +90,37 @@ def test_a_gpu_for_each_process(monkeypatch):
         local_gpu(launch, 1)
     monkeypatch.setenv("SLURM_PROCID", "3")
     assert local_gpu(launch, 1) == 0  # srun shows each process its own
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed in /proc")
+def test_leave_ends_the_threads_of_gloo():
+    """Whatever was imported since; they could abort the process when the interpreter ends."""
+    script = """
+import os, torch
+from segmenter_fast.distributed import join, launched, leave, summed
+
+threads = lambda: len(os.listdir("/proc/self/task"))
+alone = threads()
+join(launched(), torch.device("cpu"))
+import torch.distributed.nn.functional
+summed(torch.ones(1))
+assert threads() > alone, "no threads to speak with"
+leave()
+assert threads() == alone, f"{threads() - alone} threads are left"
+"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
