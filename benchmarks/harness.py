@@ -58,9 +58,10 @@ MIN_SECONDS = 5e-3
 PAUSE = 0.03
 """Seconds between two contestants. OpenMP's threads look for more work for several milliseconds
 before they sleep, and would take the next one's processors."""
-SETTLING = 0.015
-"""Seconds for which a quicker contestant runs untimed after the pause: processors that were idle
-take up to ten milliseconds to be all at work, on virtual machines above all."""
+SETTLING = 0.06
+"""Seconds for which a quicker contestant runs untimed after the pause. On virtual machines a kernel
+may take a thread that was idle for so idle that it gives it no processor of its own: two threads
+then shared one for up to 50 ms, and contestants of 1 to 10 ms took twice their time."""
 PEAK_SECONDS = 0.1
 """How long a rate of the processor is measured, each of a few times."""
 
@@ -126,12 +127,13 @@ def compare(
         devices[name] = _device_of(result) or "cpu"
         del result
 
-    calls, peaks = {}, {}
+    calls, peaks, quick = {}, {}, {}
     names = [name for name in contestants if name not in reasons]
     for name in names:
         function = contestants[name]
         once = _seconds(function, 1)
         calls[name] = max(1, round(MIN_SECONDS / max(once, 1e-7)))
+        quick[name] = once < SETTLING
         fresh = getattr(function, "fresh", function)
         if fresh is not function:
             fresh()  # or the first measured call would find what the calls above have kept
@@ -145,7 +147,8 @@ def compare(
         shuffle(order)
         for name in order:
             time.sleep(PAUSE)
-            _settle(contestants[name], calls[name])
+            if quick[name]:
+                _settle(contestants[name])
             seconds[name].append(_seconds(contestants[name], calls[name]))
 
     peer_names = list(contestants)[:peers]
@@ -213,10 +216,9 @@ def _seconds(function: Callable[[], Any], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def _settle(function: Callable[[], Any], calls: int) -> None:
-    """Run a contestant of which `calls` make a measurement, if it is a quick one."""
+def _settle(function: Callable[[], Any]) -> None:
     stop = time.perf_counter() + SETTLING
-    while calls > 1 and time.perf_counter() < stop:
+    while time.perf_counter() < stop:
         function()
 
 

@@ -107,23 +107,35 @@ def _extent(tensor: Tensor) -> int:
     return (1 + sum((n - 1) * step for n, step in steps)) * tensor.itemsize
 
 
+def _held(tensor: Tensor) -> Tensor:
+    """The same numbers, whose memory stays also if another thread gives the model other memory.
+
+    Not by `detach`, which works without the interpreter's lock: the other's `.data =`, as
+    `model.to(...)` has it, could free the memory before it is held.
+    """
+    return tensor.data
+
+
 def _fingerprint(description: Description) -> tuple:
     """Something that differs once sizes or parameters have been exchanged or changed.
 
     PyTorch counts changes, but not those through `.data`: for these a part of each parameter is
     looked at. Parameters made in inference mode are not counted, and looked at whole.
     """
-    # Their memory must not go while it is looked at, also if the model gets other memory meanwhile.
-    held = [tensor.detach() for tensor in description.tensors]
-    counted = [t for t in held if not t.is_inference()]
-    others = [t for t in held if t.is_inference()]
-    versions = tuple((t.data_ptr(), t._version, t.stride()) for t in counted)
+    counted, others, versions = [], [], []
+    for tensor in description.tensors:
+        held = _held(tensor)
+        if tensor.is_inference():
+            others.append(held)
+        else:
+            counted.append(held)
+            versions.append((held.data_ptr(), tensor._version, held.stride()))
     sample = native_module().sample
     hashes = [
         sample([t.data_ptr() for t in some], [_extent(t) for t in some], most)
         for some, most in ((counted, _LOOKED_AT), (others, 2**62))
     ]
-    return (*description.shape.values(), versions, *hashes)
+    return (*description.shape.values(), *versions, *hashes)
 
 
 class NativeNetwork:
@@ -153,9 +165,8 @@ class NativeNetwork:
             )
         self.fingerprint = _fingerprint(description)
         halves = precision == "bfloat16" or (precision == "int8" and level == "avx512_bf16")
-        # They must live until they are packed, also if the model gets others meanwhile.
         tensors = {
-            name: tensor.detach().resolve_neg().contiguous()
+            name: _held(tensor).resolve_neg().contiguous()
             for name, tensor in description.parameters.items()
         }
         self._network = native.Network(
@@ -179,14 +190,14 @@ class NativeNetwork:
         positions = self._positions.get(grid)
         if positions is not None:
             return positions
-        extra, embed = encoder.num_extra_tokens, encoder.pos_embed
+        extra, embed = encoder.num_extra_tokens, _held(encoder.pos_embed)
         # As in VisionTransformer: the number of tokens counts, not the grid's shape.
         if extra + grid[0] * grid[1] != embed.shape[1]:
             embed = resize_pos_embed(embed, encoder.patch_embed.grid_size, grid, extra)
         positions = embed[0].clone(memory_format=torch.contiguous_format)
-        positions[0] += encoder.cls_token[0, 0]
+        positions[0] += _held(encoder.cls_token)[0, 0]
         if encoder.distilled:
-            positions[1] += encoder.dist_token[0, 0]
+            positions[1] += _held(encoder.dist_token)[0, 0]
         kept = dict(self._positions)  # several threads may be here, each with its own
         if sum(p.nbytes for p in kept.values()) + positions.nbytes > _KEPT_POSITIONS:
             kept.clear()
@@ -206,7 +217,7 @@ class NativeNetwork:
         grid = (-(-height // patch), -(-width // patch))
         positions = self._positions_of(model.encoder, grid)
         # Its own tensor, whatever becomes of the caller's meanwhile.
-        images = images.detach().resolve_neg().contiguous()
+        images = _held(images).resolve_neg().contiguous()
         logits = torch.empty(batch, *grid, classes, dtype=torch.float32, device="cpu")
         with record_function("segmenter_fast::network"):
             seconds = self._network.run(

@@ -145,11 +145,16 @@ def test_rounds_have_orders_of_their_own(harness, monkeypatch):
 
 
 def test_quick_contestants_settle_before_they_are_timed(harness, monkeypatch):
-    called = []
-    harness._settle(lambda: called.append(1), calls=1)  # slow enough by itself
-    assert not called
-    before = time.perf_counter()
-    harness._settle(lambda: called.append(1), calls=2)
+    settled = []
+    monkeypatch.setattr(harness, "SETTLING", 0.01)
+    settle = harness._settle
+    monkeypatch.setattr(harness, "_settle", lambda function: settled.append(function))
+    slow, quick = (lambda: time.sleep(0.02)), (lambda: None)
+    harness.compare({"slow": slow, "quick": quick}, rounds=3)
+    assert settled == [quick] * 3
+
+    called, before = [], time.perf_counter()
+    settle(lambda: called.append(1))
     assert called and time.perf_counter() - before >= harness.SETTLING
 
 
