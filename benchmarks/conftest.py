@@ -103,6 +103,9 @@ def contest(
         if work is not None:
             floors = request.config.stash[FLOORS].setdefault(name, {})
             floors[case] = harness.floor_of(work, rows)
+        if request.config.getoption("--save-results"):
+            # Now, not at the end: the next case may run out of time or memory.
+            harness.save(name, {case: rows}, floors=request.config.stash[FLOORS].get(name))
         benchmark.extra_info.update(
             {row.contestant: round(row.ratio, 2) for row in rows if row.ratio is not None}
         )
@@ -128,4 +131,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for line in harness.table(f"{name}: {case}", rows, floors.get(case)):
                 terminalreporter.write_line(line)
         if config.getoption("--save-results"):
-            terminalreporter.write_line(f"written: {harness.save(name, cases, floors=floors)}")
+            written = harness.RESULTS / harness.machine_kind() / f"{name}.json"
+            terminalreporter.write_line(f"written: {written}")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import PACKAGES, RESULTS, Ceilings, Floor, Record, Row, Work, table, write
+from records import PACKAGES, RESULTS, Ceilings, Floor, Record, Row, Work, read, table, write
 
 __all__ = [
     "Ceilings",
@@ -62,6 +62,7 @@ SETTLING = 0.06
 """Seconds for which a quicker contestant runs untimed after the pause. On virtual machines a kernel
 may take a thread that was idle for so idle that it gives it no processor of its own: two threads
 then shared one for up to 50 ms, and contestants of 1 to 10 ms took twice their time."""
+CHANGED = "+changes"
 PEAK_SECONDS = 0.1
 """How long a rate of the processor is measured, each of a few times."""
 
@@ -586,7 +587,7 @@ def _commit() -> str | None:
 
     try:
         changes = git("status", "-s", "--", ":/", f":(exclude){RESULTS}")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changes else "")
+        return git("rev-parse", "--short", "HEAD") + (CHANGED if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -600,6 +601,10 @@ def save(
 ) -> Path:
     """Write results/<machine kind>/<name>.json and return its path.
 
+    Cases that are in the file already stay there beside these if they come from the same machine,
+    versions and commit, without changes to it: what takes long, or much memory, can be run in
+    several commands.
+
     Args:
         name: of the benchmark, the stem of bench_<name>.py.
         cases: rows by case.
@@ -607,6 +612,12 @@ def save(
         floors: by case, where known.
     """
     path = (RESULTS / machine_kind() if folder is None else folder) / f"{name}.json"
-    rows = {case: list(rows) for case, rows in cases.items()}
-    write(Record(name, machine(), rows, dict(floors or {})), path)
+    record = Record(name, machine(), {}, {})
+    with contextlib.suppress(OSError, ValueError):
+        earlier = read(path)
+        if earlier.machine == record.machine and not str(_commit()).endswith(CHANGED):
+            record = earlier
+    record.cases.update({case: list(rows) for case, rows in cases.items()})
+    record.floors.update(floors or {})
+    write(record, path)
     return path

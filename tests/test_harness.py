@@ -536,6 +536,21 @@ def test_written_rows_can_be_read_back(harness, records, floor, tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["upsample.json"]
 
 
+@pytest.mark.parametrize(("commit", "kept"), [("abc", True), (None, True), ("abc+changes", False)])
+def test_cases_of_an_equal_run_stay(harness, records, floor, tmp_path, monkeypatch, commit, kept):
+    monkeypatch.setattr(harness, "_commit", lambda: commit)
+    first, second = ([harness.Row(name, *[None] * 5)] for name in ("first", "second"))
+    harness.save("toy", {"a": first, "b": first}, tmp_path, {"a": floor})
+    path = harness.save("toy", {"b": second}, tmp_path)
+    assert records.read(path).cases == ({"a": first, "b": second} if kept else {"b": second})
+    assert records.read(path).floors == ({"a": floor} if kept else {})
+
+    monkeypatch.setattr(harness, "_commit", lambda: "another")
+    assert records.read(harness.save("toy", {"c": first}, tmp_path)).cases == {"c": first}
+    path.write_text("no JSON")
+    assert records.read(harness.save("toy", {"a": second}, tmp_path)).cases == {"a": second}
+
+
 def test_versions_of_packages(harness):
     assert harness._version("pytest") == pytest.__version__
     assert harness._version("no-such-package-at-all") is None
