@@ -16,6 +16,7 @@ import harness  # noqa: E402
 # By benchmark, then by case.
 RESULTS = pytest.StashKey[dict[str, dict[str, list[harness.Row]]]]()
 FLOORS = pytest.StashKey[dict[str, dict[str, harness.Floor]]]()
+WRITTEN = pytest.StashKey[dict[str, Path]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RESULTS] = {}
     config.stash[FLOORS] = {}
+    config.stash[WRITTEN] = {}
 
 
 @pytest.fixture
@@ -105,7 +107,9 @@ def contest(
             floors[case] = harness.floor_of(work, rows)
         if request.config.getoption("--save-results"):
             # Now, not at the end: the next case may run out of time or memory.
-            harness.save(name, {case: rows}, floors=request.config.stash[FLOORS].get(name))
+            stash = request.config.stash
+            cases, floors = stash[RESULTS][name], stash[FLOORS].get(name)
+            stash[WRITTEN][name] = harness.save(name, cases, floors=floors)
         benchmark.extra_info.update(
             {row.contestant: round(row.ratio, 2) for row in rows if row.ratio is not None}
         )
@@ -130,6 +134,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         for case, rows in cases.items():
             for line in harness.table(f"{name}: {case}", rows, floors.get(case)):
                 terminalreporter.write_line(line)
-        if config.getoption("--save-results"):
-            written = harness.RESULTS / harness.machine_kind() / f"{name}.json"
-            terminalreporter.write_line(f"written: {written}")
+        if name in config.stash[WRITTEN]:
+            terminalreporter.write_line(f"written: {config.stash[WRITTEN][name]}")

@@ -615,7 +615,8 @@ def save(
     record = Record(name, machine(), {}, {})
     with contextlib.suppress(OSError, ValueError):
         earlier = read(path)
-        if earlier.machine == record.machine and not str(_commit()).endswith(CHANGED):
+        changed = str(record.machine["commit"]).endswith(CHANGED)
+        if earlier.machine == record.machine and not changed:
             record = earlier
     record.cases.update({case: list(rows) for case, rows in cases.items()})
     record.floors.update(floors or {})

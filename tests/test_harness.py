@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -489,10 +490,15 @@ def test_without_work_and_without_ours(contest):
 """
 
 
-def test_a_benchmark_run_from_fixture_to_file(records, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("changed", [False, True], ids=["no commit", "changes to a commit"])
+def test_a_benchmark_run_from_fixture_to_file(records, tmp_path, monkeypatch, capsys, changed):
     for name in ("conftest.py", "harness.py", "records.py"):
         (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
     (tmp_path / "bench_toy.py").write_text(TOY)
+    if changed:
+        git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run([*git, "init", "-q"], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
     for name in ("conftest", *MODULES):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -511,6 +517,7 @@ def test_a_benchmark_run_from_fixture_to_file(records, tmp_path, monkeypatch, ca
     assert [row.contestant for row in record.cases["toy"]] == names
     assert set(record.cases) == {"toy", "bare"} and set(record.floors) == {"toy"}
     assert record.cases["bare"][1].not_run == "absent"
+    assert str(record.machine["commit"]).endswith("+changes") == changed
 
 
 # ------------------------------------------------------------------------------------- files
