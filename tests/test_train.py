@@ -6,14 +6,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from processes import started
 from test_data import write_pair
 
 from segmenter_fast import SegmenterModel, create_model
@@ -447,20 +446,6 @@ TWENTY_STEPS = [
     "0", "--decoder-dropout", "0", "--class-weights", "0.5", "--clip", "1", "--ema", "0.9",
     "--device", "cpu",
 ]  # fmt: skip
-
-
-def started(*words, start_new_session=False, **environment):
-    """A Python process with one thread that finds the package and the tests."""
-    here = Path(__file__).parent
-    paths = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{here.parent}"}
-    return subprocess.Popen(
-        [sys.executable, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | paths | environment,
-        start_new_session=start_new_session,
-    )
 
 
 def wait_for(condition, process, seconds=60):
